@@ -1,0 +1,46 @@
+# make demo | test | test-gpu | lint | clean; each sets up what it needs.
+#
+# PYTHON is the interpreter that makes the environment VENV. To use an environment of your own
+# instead, as it is and without installing anything: make test-gpu PY=python3
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+
+ifeq ($(origin PY),command line)
+SETUP :=
+else
+PY := $(VENV)/bin/python
+SETUP := $(INSTALLED)
+endif
+PYTEST := $(PY) -m pytest $(PYTEST_ARGS)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-gpu lint clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/geot demo
+
+# T0, without the marker gpu (pyproject.toml). The Triton kernels under TRITON_INTERPRET=1 (T1) come as a
+# second pytest process below this one: in one process a function cannot be interpreted and compiled.
+test: $(SETUP)
+	$(PYTEST)
+
+test-gpu: $(SETUP)
+	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("make test-gpu: torch %s sees no CUDA device" % torch.__version__)'
+	$(PYTEST) -m gpu
+
+lint: $(SETUP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(CXX_FILES),PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(CXX_FILES))
+
+# The environment stays; to make it anew, delete it.
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt scripts/setup.sh
+	PYTHON=$(PYTHON) scripts/setup.sh $(VENV)
+	touch $@

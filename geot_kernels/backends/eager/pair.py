@@ -1,0 +1,158 @@
+"""What the passes share: blocks of pairs, their geometry, and the adjoints of score and distance.
+
+A block is the rows `i` of some molecules against all atoms `j` of the same molecules. Shapes:
+`b` molecules of the block, `I` its rows, `J` = `N` atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...reference import PackedRows, compute_dtype, distances, products, scores, zero_padding
+from ...table import radial_coordinate
+from ..inputs import Inputs
+from .radial import Gaussians, Table
+
+_BLOCK_ELEMENTS = 1 << 21  # of a `[b, I, J, C]` tensor: 8 MB in float32
+
+
+class Batch:
+    """The operator's inputs, padded, in the compute dtype, with 0 in padded rows."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.dtype = compute_dtype(inputs.q.dtype)
+        self.score, self.scale = inputs.score, inputs.scale
+        self.packed: PackedRows | None = None
+        self.mask = inputs.mask
+        if inputs.ptr is not None:
+            max_atoms = None if inputs.max_atoms < 0 else inputs.max_atoms
+            self.packed = PackedRows(inputs.ptr, max_atoms, len(inputs.q))
+            self.mask = self.packed.mask
+        self.q, self.k, self.v, self.x = (self.load(t) for t in inputs[:4])  # [B, N, ...]
+        self.types = None if inputs.atom_types is None else self._pad(inputs.atom_types).long()
+
+    def load(self, x: Tensor) -> Tensor:
+        """Brings a tensor like `q` or `positions` into `[B, N, ...]`, 0 in padded rows."""
+        return self._pad(x).to(self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum to fill, in the compute dtype."""
+        return self.q.new_zeros(shape)
+
+    def store(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The way back, with 0 in padded rows."""
+        x = zero_padding(x, self.mask)
+        return (x if self.packed is None else self.packed.unpad(x)).to(dtype)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return zero_padding(x, self.mask) if self.packed is None else self.packed.pad(x)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yields the blocks that cover all rows."""
+        num_molecules, num_atoms = self.q.shape[:2]
+        if num_atoms == 0:
+            return
+        row = num_atoms * max(self.inputs.radial.shape[-1], 1)
+        rows = min(max(_BLOCK_ELEMENTS // row, 1), num_atoms)
+        molecules = max(_BLOCK_ELEMENTS // (row * num_atoms), 1)
+        for b in range(0, num_molecules, molecules):
+            for i in range(0, num_atoms, rows):
+                yield Block(self, slice(b, b + molecules), slice(i, i + rows))
+
+
+class Block:
+    """Some rows of some molecules: their slices, geometry and radial function."""
+
+    def __init__(self, batch: Batch, molecules: slice, rows: slice) -> None:
+        inputs = batch.inputs
+        self.batch, self.molecules, self.at = batch, molecules, (molecules, rows)
+        self.q, self.k, self.v = batch.q[self.at], batch.k[molecules], batch.v[molecules]
+        self.mask = None if batch.mask is None else batch.mask[molecules]  # [b, J]
+        self.x_i, self.x_j = batch.x[self.at], batch.x[molecules]
+        self.dist = distances(self.x_i, self.x_j)  # [b, I, J]
+        self.pair: Tensor | None = None  # [b, I, J]
+        if inputs.pair_index is not None and batch.types is not None:
+            types_i, types_j = batch.types[self.at], batch.types[molecules]
+            self.pair = inputs.pair_index.long()[types_i[:, :, None], types_j[:, None, :]]
+        self.z, self.m = radial_coordinate(self.dist, inputs.affine, self.pair)
+
+    def radial(self, dot: Tensor | None = None) -> Table | Gaussians:
+        """The radial function at the block's pairs, with the tangent of its parameters."""
+        inputs = self.batch.inputs
+        if inputs.radial.ndim == 2:
+            return Gaussians(inputs.radial, self.z, dot)
+        pair = self.pair if len(inputs.radial) > 1 else None
+        return Table(inputs.radial, self.z, pair, inputs.r_min, inputs.r_max, dot)
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """`u_ij [b, I, J, 3]`, 0 where the distance is 0."""
+        apart = self.x_i[:, :, None] - self.x_j[:, None]
+        return apart / torch.where(self.dist > 0, self.dist, 1).unsqueeze(-1)
+
+    def mask_keys(self, x: Tensor) -> Tensor:
+        """Puts 0 where `j` is padding in `x [b, H, I, J]`."""
+        return x if self.mask is None else x.masked_fill(~self.mask[:, None, None, :], 0)
+
+    def scores(self, f: Tensor) -> Tensor:
+        """`S [b, H, I, J]`."""
+        return scores(self.q, self.k, f, self.batch.score, self.batch.scale)
+
+    def products(self, q: Tensor, k: Tensor, f: Tensor) -> Tensor:
+        """The score's product of `q [b, I, H, D]`, `k [b, J, H, D]` and `f [b, I, J, C]`."""
+        return products(q, k, f, self.batch.score, self.batch.scale)
+
+    def pull_q(self, e: Tensor, k: Tensor, f: Tensor) -> Tensor:
+        """Adjoint of `products` in `q`: `κ Σ_j E_ij k_j [f]`, `[b, I, H, D]`."""
+        if self.batch.score == "bias":
+            return self.batch.scale * torch.einsum("bhij,bjhd->bihd", e, k)
+        return self.batch.scale * (_spread(e) * _by_head(f, k) * k[:, None]).sum(2)
+
+    def pull_k(self, e: Tensor, q: Tensor, f: Tensor) -> Tensor:
+        """Adjoint of `products` in `k`: `κ Σ_i E_ij q_i [f]`, `[b, J, H, D]`."""
+        if self.batch.score == "bias":
+            return self.batch.scale * torch.einsum("bhij,bihd->bjhd", e, q)
+        return self.batch.scale * (_spread(e) * _by_head(f, q) * q[:, :, None]).sum(1)
+
+    def pull_f(self, e: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Adjoint of `scores` in `f`: `E_ij`, of a filter `κ E_ij q_ic k_jc`: `[b, I, J, C]`."""
+        if self.batch.score == "bias":
+            return e.permute(0, 2, 3, 1)
+        g = self.batch.scale * _spread(e) * q[:, :, None] * k[:, None]
+        return g.flatten(-2)
+
+
+def _spread(e: Tensor) -> Tensor:
+    return e.permute(0, 2, 3, 1).unsqueeze(-1)  # [b, I, J, H, 1]
+
+
+def _by_head(f: Tensor, like: Tensor) -> Tensor:
+    return f.unflatten(-1, like.shape[2:])  # [b, I, J, H, D]
+
+
+class GeometryGradient:
+    """Sums what the pairs give to the positions and to the affine map."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.positions = batch.zeros(*batch.x.shape)
+        affine = batch.inputs.affine
+        self.affine = None if affine is None else batch.zeros(*affine.shape)
+
+    def add_forces(self, block: Block, w: Tensor) -> None:
+        """Adds `w_ij [b, I, J, 3]` to atom `i` and takes it from atom `j`."""
+        self.positions[block.at] += w.sum(2)
+        self.positions[block.molecules] -= w.sum(1)
+
+    def add_affine(self, block: Block, dm: Tensor, dc: Tensor) -> None:
+        """Adds the pairs' `dm`, `dc [b, I, J]` to their pair of types."""
+        if self.affine is None:
+            return
+        terms = torch.stack((dm, dc), -1).flatten(0, -2)
+        pair = terms.new_zeros(len(terms), dtype=torch.int64)
+        self.affine.index_add_(0, pair if block.pair is None else block.pair.flatten(), terms)

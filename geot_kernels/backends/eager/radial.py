@@ -1,0 +1,160 @@
+"""The radial function at a block's pairs: derivatives, tangents and adjoints of a table or Gaussians.
+
+Both classes give `f`, `f'`, `f''` at `z`, the tangent `ḟ` along their parameters' dotted
+direction with its derivative in `z`, and the adjoint: of the weight `g` on `f(z)` and of the weight
+`g̃` on the tangent `f̃ = f'(z) ż + ḟ(z)`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from ...table import hermite, hermite_curvature, hermite_slope, knot_rows, locate
+
+
+class Table:
+    """A spline table `knots [P, G+1, 2, C]` at `z [...]`."""
+
+    def __init__(
+        self,
+        knots: Tensor,
+        z: Tensor,
+        pair: Tensor | None,
+        r_min: float,
+        r_max: float,
+        dot: Tensor | None,
+    ) -> None:
+        intervals = knots.shape[1] - 1
+        self._knots = knots.flatten(0, 2)  # [P * (G+1) * 2, C]
+        self._dot = None if dot is None else dot.flatten(0, 2)
+        g, self._t = locate(z, r_min, r_max, intervals)
+        self._rows = knot_rows(g, pair, intervals + 1)  # [..., 4]
+        steps = intervals / (r_max - r_min)  # 1 / h
+        inside = (z >= r_min) & (z <= r_max)
+        self._per_h = inside.to(z.dtype).unsqueeze(-1) * steps  # constant beyond
+
+    def value(self) -> Tensor:
+        """`f [..., C]`."""
+        return self._combine(self._knots, hermite(self._t))
+
+    def slope(self) -> Tensor:
+        """`f' [..., C]`."""
+        return self._combine(self._knots, hermite_slope(self._t) * self._per_h)
+
+    def curvature(self) -> Tensor:
+        """`f'' [..., C]`."""
+        return self._combine(self._knots, hermite_curvature(self._t) * self._per_h**2)
+
+    def tangent(self) -> Tensor | None:
+        """`ḟ [..., C]`, or None where the parameters have no tangent."""
+        return None if self._dot is None else self._combine(self._dot, hermite(self._t))
+
+    def tangent_slope(self) -> Tensor | None:
+        """`ḟ' [..., C]`, or None."""
+        if self._dot is None:
+            return None
+        return self._combine(self._dot, hermite_slope(self._t) * self._per_h)
+
+    def add_adjoint(self, grad: Tensor, g: Tensor, g_dot: Tensor | None, z_dot: Tensor | None) -> None:
+        """Adds to `grad`, shaped like the knots, what `g` and `g_dot [..., C]` weigh."""
+        self._scatter(grad, hermite(self._t), g)
+        if g_dot is not None and z_dot is not None:
+            weights = hermite_slope(self._t) * self._per_h * z_dot.unsqueeze(-1)
+            self._scatter(grad, weights, g_dot)
+
+    def _combine(self, knots: Tensor, weights: Tensor) -> Tensor:
+        rows = embedding_bag(
+            self._rows.view(-1, 4), knots, per_sample_weights=weights.view(-1, 4), mode="sum"
+        )
+        return rows.view(*self._t.shape, -1)
+
+    def _scatter(self, grad: Tensor, weights: Tensor, g: Tensor) -> None:
+        terms = (weights.unsqueeze(-1) * g.unsqueeze(-2)).flatten(0, -2)  # [pairs * 4, C]
+        grad.flatten(0, 2).index_add_(0, self._rows.flatten(), terms)
+
+
+class Gaussians:
+    """`f_c(z) = Σ_k w_ck φ_k`, `φ_k = exp(-γ_k (z - μ_k)²)`, from `[2 + C, K]` at `z [...]`."""
+
+    def __init__(self, gaussians: Tensor, z: Tensor, dot: Tensor | None) -> None:
+        center, self._gamma, self._w = gaussians[0], gaussians[1], gaussians[2:]
+        self._dot = dot
+        self._e = z.unsqueeze(-1) - center  # [..., K]
+        self._phi = (-self._gamma * self._e.square()).exp()
+
+    # Derivatives of φ by z (so minus those by μ) and γ, [..., K] each.
+    def _phi_z(self) -> Tensor:
+        return -2 * self._gamma * self._e * self._phi
+
+    def _phi_zz(self) -> Tensor:
+        return (4 * (self._gamma * self._e).square() - 2 * self._gamma) * self._phi
+
+    def _phi_g(self) -> Tensor:
+        return -self._e.square() * self._phi
+
+    def _phi_zg(self) -> Tensor:
+        return (2 * self._gamma * self._e.square() - 2) * self._e * self._phi
+
+    def _phi_gg(self) -> Tensor:
+        return self._e.square().square() * self._phi
+
+    def value(self) -> Tensor:
+        """`f [..., C]`."""
+        return self._phi @ self._w.T
+
+    def slope(self) -> Tensor:
+        """`f' [..., C]`."""
+        return self._phi_z() @ self._w.T
+
+    def curvature(self) -> Tensor:
+        """`f'' [..., C]`."""
+        return self._phi_zz() @ self._w.T
+
+    def tangent(self) -> Tensor | None:
+        """`ḟ [..., C]`, or None where the parameters have no tangent."""
+        if self._dot is None:
+            return None
+        center, gamma, w = self._dot[0], self._dot[1], self._dot[2:]
+        moved = self._phi_g() * gamma - self._phi_z() * center
+        return self._phi @ w.T + moved @ self._w.T
+
+    def tangent_slope(self) -> Tensor | None:
+        """`ḟ' [..., C]`, or None."""
+        if self._dot is None:
+            return None
+        center, gamma, w = self._dot[0], self._dot[1], self._dot[2:]
+        moved = self._phi_zg() * gamma - self._phi_zz() * center
+        return self._phi_z() @ w.T + moved @ self._w.T
+
+    def add_adjoint(self, grad: Tensor, g: Tensor, g_dot: Tensor | None, z_dot: Tensor | None) -> None:
+        """Adds to `grad [2 + C, K]` what `g` and `g_dot [..., C]` weigh."""
+        gw = g @ self._w  # [..., K]
+        _add(grad[0], -self._phi_z() * gw)
+        _add(grad[1], self._phi_g() * gw)
+        grad[2:] += _outer(g, self._phi)
+        if g_dot is None:
+            return
+        # Where φ stood, its tangent: along ż, and along μ̇ and γ̇ where there are any.
+        by_z, by_zz, by_zg = self._phi_z(), self._phi_zz(), self._phi_zg()
+        shift = torch.zeros_like(self._e) if z_dot is None else z_dot.unsqueeze(-1)
+        spread = torch.zeros_like(self._gamma)
+        if self._dot is not None:
+            shift, spread = shift - self._dot[0], self._dot[1]
+        gw_dot = g_dot @ self._w
+        _add(grad[0], -(by_zz * shift + by_zg * spread) * gw_dot)
+        _add(grad[1], (by_zg * shift + self._phi_gg() * spread) * gw_dot)
+        grad[2:] += _outer(g_dot, by_z * shift + self._phi_g() * spread)
+        if self._dot is not None:
+            g_by_dot = g_dot @ self._dot[2:]
+            _add(grad[0], -by_z * g_by_dot)
+            _add(grad[1], self._phi_g() * g_by_dot)
+
+
+def _add(total: Tensor, terms: Tensor) -> None:
+    total += terms.flatten(0, -2).sum(0)
+
+
+def _outer(g: Tensor, phi: Tensor) -> Tensor:
+    return g.flatten(0, -2).T @ phi.flatten(0, -2)  # [C, K]

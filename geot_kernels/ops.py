@@ -1,0 +1,331 @@
+"""The operators: their schemas, fakes and autograd.
+
+    geot::attention          forward          -> out, row
+    geot::attention_bwd      first backward   -> gradients of (q, k, v, positions, radial, affine)
+    geot::attention_bwd_bwd  second backward  -> gradients of (d_out, d_row) and those six
+    geot::attention_weights  the weights themselves, an explicit second pass
+
+`row [B, N, H]` is `L_i = log Σ_j exp(S_ij)` for softmax, not differentiable, and the row sum `r_i` for
+linear. `radial` is a table's knots `[P, G+1, 2, C]` or Gaussians `[2 + C, K]`. `needs` names the
+gradients wanted; only those are returned, in order. Cotangents are optional, and absent ones cost
+nothing.
+
+Each derivative is the next operator: the kernel for the Autograd key is a small `autograd.Function`
+whose backward calls it and does nothing else, so `torch.compile`, `make_fx` and `vmap` see every
+pass. (`torch.library.register_autograd` would cost twice the time of a call.) The third order
+raises. `backends.choose` picks who computes, inside the operator, so no tracer sees the choice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_map
+
+from . import reference
+from .backends import choose
+from .backends.inputs import Inputs, Tangent
+from .checks import check_values
+from .radial import GaussianSum
+from .table import RadialTable
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor positions, Tensor radial, Tensor? affine"
+_CONSTANTS = (
+    "Tensor? mask, Tensor? ptr, Tensor? atom_types, Tensor? pair_index, SymInt max_atoms, "
+    "float r_min, float r_max, float scale, str score, str normalizer, str backend"
+)
+_PULLED = "Tensor? d_out, Tensor? d_row, Tensor out, Tensor row"
+_DOTTED = ", ".join(
+    f"Tensor? {x}_dot" for x in ("q", "k", "v", "positions", "radial", "affine")
+)
+_NUM_INPUTS, _NUM_PULLED = 6, 4
+
+_library = torch.library.Library("geot", "DEF")
+_library.define(f"attention({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_weights({_INPUTS.replace('Tensor v, ', '')}, {_CONSTANTS}) -> Tensor"
+)
+_library.define(
+    f"attention_bwd({_PULLED}, {_INPUTS}, bool[] needs, {_CONSTANTS}) -> Tensor[]"
+)
+_library.define(
+    f"attention_bwd_bwd({_DOTTED}, {_PULLED}, {_INPUTS}, bool[] needs, {_CONSTANTS}) -> Tensor[]"
+)
+_attention = torch.ops.geot.attention.default
+_attention_weights = torch.ops.geot.attention_weights.default
+_attention_bwd = torch.ops.geot.attention_bwd.default
+_attention_bwd_bwd = torch.ops.geot.attention_bwd_bwd.default
+
+_CHECK_VALUES = os.environ.get("GEOT_CHECK") == "1"
+
+
+# What runs.
+
+
+def _run(launcher: str, backend: str, inputs: Inputs, *rest: Any) -> Any:
+    """Calls the launcher of the backend chosen, with autocast off."""
+    if _CHECK_VALUES:
+        check_values(inputs)
+    launch = getattr(choose(backend, inputs), launcher)
+    device = inputs.q.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return launch(inputs, *rest)
+    return launch(inputs, *rest)
+
+
+def _run_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = args
+    return _run("attention", backend, Inputs(*inputs))
+
+
+def _run_attention_weights(*args: Any) -> Tensor:
+    q, k, *inputs, backend = args
+    return _run("attention_weights", backend, Inputs(q, k, k, *inputs))
+
+
+def _run_attention_bwd(d_out: Any, d_row: Any, out: Any, row: Any, *args: Any) -> list[Tensor]:
+    inputs, needs = Inputs(*args[:_NUM_INPUTS], *args[_NUM_INPUTS + 1 : -1]), args[_NUM_INPUTS]
+    return _run("attention_bwd", args[-1], inputs, d_out, d_row, out, row, needs)
+
+
+def _run_attention_bwd_bwd(*args: Any) -> list[Tensor]:
+    tangent, (d_out, d_row, out, row, *args) = Tangent(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
+    inputs, needs = Inputs(*args[:_NUM_INPUTS], *args[_NUM_INPUTS + 1 : -1]), args[_NUM_INPUTS]
+    return _run("attention_bwd_bwd", args[-1], inputs, tangent, d_out, d_row, out, row, needs)
+
+
+# What a tracer sees: contiguous results, gradients in the dtype of what they belong to.
+
+
+def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    row = q.new_empty(q.shape[:-1], dtype=reference.compute_dtype(q.dtype))
+    return q.new_empty(q.shape), row
+
+
+def _fake_attention_weights(*args: Any) -> Tensor:
+    q, ptr, max_atoms = args[0], args[6], args[9]
+    molecules, atoms = q.shape[:2] if ptr is None else (ptr.shape[0] - 1, max_atoms)
+    return q.new_empty(molecules, q.shape[-2], atoms, atoms)
+
+
+def _fake_like(like: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, n in zip(like, needs, strict=True) if n and x is not None]
+
+
+def _fake_attention_bwd(*args: Any) -> list[Tensor]:
+    inputs, needs = args[_NUM_PULLED:][:_NUM_INPUTS], args[_NUM_PULLED + _NUM_INPUTS]
+    return _fake_like(inputs, needs)
+
+
+def _fake_attention_bwd_bwd(*args: Any) -> list[Tensor]:
+    args = args[_NUM_INPUTS:]
+    inputs, needs = args[_NUM_PULLED:][:_NUM_INPUTS], args[_NUM_PULLED + _NUM_INPUTS]
+    return _fake_like((*args[:2], *inputs), needs)
+
+
+# Derivatives: each is a call of the next operator.
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, row = _attention(*args)
+        inputs, constants = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, row, *inputs, *constants[:4])
+        ctx.constants = constants[4:]
+        if constants[-2] == "softmax":
+            ctx.mark_non_differentiable(row)
+        return out, row
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_row: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[:_NUM_INPUTS]
+        nothing = (None,) * (len(ctx.needs_input_grad) - _NUM_INPUTS)
+        if d_out is None and d_row is None:
+            return (None,) * _NUM_INPUTS + nothing
+        out, row, *saved = ctx.saved_tensors
+        grads = _attention_bwd(
+            d_out,
+            d_row,
+            out,
+            row,
+            *saved[:_NUM_INPUTS],
+            needs,
+            *saved[_NUM_INPUTS:],
+            *ctx.constants,
+        )
+        return *_spread(grads, needs), *nothing
+
+
+class _AttentionBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = _attention_bwd(*args)
+        tensors = args[: _NUM_PULLED + _NUM_INPUTS]
+        needs, *constants = args[_NUM_PULLED + _NUM_INPUTS :]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *constants[:4])
+        ctx.needs, ctx.constants = needs, constants[4:]
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *dots: Tensor | None) -> Any:
+        wanted = ctx.needs_input_grad[: _NUM_PULLED + _NUM_INPUTS]
+        nothing = (None,) * (len(ctx.needs_input_grad) - len(wanted))
+        if all(x is None for x in dots):
+            return (None,) * len(wanted) + nothing
+        needs = (*wanted[:2], *wanted[_NUM_PULLED:])
+        count = _NUM_PULLED + _NUM_INPUTS
+        saved = ctx.saved_tensors
+        grads = _attention_bwd_bwd(
+            *_spread(dots, ctx.needs), *saved[:count], needs, *saved[count:], *ctx.constants
+        )
+        d_out, d_row, *rest = _spread(grads, needs)
+        return d_out, d_row, None, None, *rest, *nothing
+
+
+class _AttentionSecondBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_attention_bwd_bwd(*args))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "geot_kernels: the third derivative of geo_attention is not implemented; "
+            "backend='reference' is differentiable to any order"
+        )
+
+
+def _spread(present: Sequence[Tensor | None], flags: Sequence[bool]) -> list[Tensor | None]:
+    """Puts what is there into the places that `flags` marks, None elsewhere."""
+    rest = iter(present)
+    return [next(rest) if flag else None for flag in flags]
+
+
+def _autograd(
+    op: Callable[..., Any], function: type[Function], num_tensors: int, result: type
+) -> Callable[..., Any]:
+    """The Autograd kernel: `function` where a derivative may be asked for, else the operator."""
+
+    def kernel(*args: Any) -> Any:
+        differentiable = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in args[:num_tensors]
+        )
+        if differentiable or forward_ad._current_level >= 0:
+            return result(function.apply(*args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+def _attention_weights_autograd(*args: Any) -> Tensor:
+    """Weights that need a gradient are those of the reference: their size is N² anyway."""
+    q, k, positions, radial, affine, mask, ptr, types, pair_index, max_atoms, r_min, r_max = args[
+        :12
+    ]
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in args[:5]
+    )
+    if not differentiable and forward_ad._current_level < 0:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _attention_weights(*args)
+    scale, score, normalizer = args[12:15]
+    fn: Callable[..., Tensor]
+    if radial.ndim == 2:
+        fn = GaussianSum(radial[0], radial[1], radial[2:])
+    else:
+        fn = RadialTable(radial, r_min, r_max, pair_index, affine)
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.attention_weights(
+            q,
+            k,
+            positions,
+            fn,
+            mask=mask,
+            ptr=ptr,
+            max_atoms=None if ptr is None else max_atoms,
+            atom_types=types,
+            score=score,
+            normalizer=normalizer,
+            scale=scale,
+        )
+
+
+# vmap: one call for each slice. Hessians with `vectorize=True` come through PyTorch's older
+# batched tensors, which have a dispatch key of their own.
+
+
+def _each_slice(op: Callable[..., Any], args: Sequence[Any], dims: Sequence[Any]) -> Any:
+    """Calls `op` for each index of the dimension that `dims` names; stacks what comes."""
+    count = next(x.shape[d] for x, d in zip(args, dims, strict=True) if _batched(x, d))
+    results = [
+        op(*(x.select(d, i) if _batched(x, d) else x for x, d in zip(args, dims, strict=True)))
+        for i in range(count)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
+    return type(results[0])(map(torch.stack, zip(*results, strict=True)))
+
+
+def _batched(x: Any, dim: Any) -> bool:
+    return isinstance(x, Tensor) and dim is not None
+
+
+def _vmap(op: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, dims: Any, *args: Any) -> Any:
+        results = _each_slice(op, args, dims)
+        return results, tree_map(lambda _: 0, results)
+
+    return rule
+
+
+def _older_vmap(op: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        dims = [
+            0 if isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) else None
+            for x in args
+        ]
+        args = tuple(
+            x if dim is None else torch._remove_batch_dim(x, level, 1, 0)
+            for x, dim in zip(args, dims, strict=True)
+        )
+        results = _each_slice(op, args, dims)
+        return tree_map(lambda x: torch._add_batch_dim(x, 0, level), results)
+
+    return rule
+
+
+_PASSES = (
+    ("attention", _run_attention, _fake_attention),
+    ("attention_weights", _run_attention_weights, _fake_attention_weights),
+    ("attention_bwd", _run_attention_bwd, _fake_attention_bwd),
+    ("attention_bwd_bwd", _run_attention_bwd_bwd, _fake_attention_bwd_bwd),
+)
+for _name, _kernel, _fake in _PASSES:
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"geot::{_name}", _fake, lib=_library)
+    _op = getattr(torch.ops.geot, _name).default
+    torch.library.register_vmap(f"geot::{_name}", _vmap(_op), lib=_library)
+    _library.impl(_name, _older_vmap(_op), "Batched")
+_library.impl("attention", _autograd(_attention, _Attention, 6, tuple), "Autograd")
+_library.impl("attention_weights", _attention_weights_autograd, "Autograd")
+_library.impl("attention_bwd", _autograd(_attention_bwd, _AttentionBackward, 10, list), "Autograd")
+_library.impl(
+    "attention_bwd_bwd",
+    _autograd(_attention_bwd_bwd, _AttentionSecondBackward, 16, list),
+    "Autograd",
+)
