@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .checks import check_metadata, check_values, make_inputs
 from .backends import NAMES
+from .checks import check_metadata, check_values, make_inputs
 from .radial import GaussianSum
 from .table import RadialTable
 
@@ -33,8 +33,8 @@ def geo_attention(
 ) -> Tensor:
     """Computes attention whose scores carry a learned function of the interatomic distance.
 
-        bias      S_ij = κ q_i·k_j + f_h(z_ij)            softmax   P_ij = exp(S_ij) / Σ_j exp(S_ij)
-        filter    S_ij = κ Σ_c q_ic k_jc f_hc(z_ij)       linear    P_ij = S_ij
+        bias      S_ij = κ q_i·k_j + f_h(z_ij)          softmax   P_ij = exp(S_ij) / Σ_j exp(S_ij)
+        filter    S_ij = κ Σ_c q_ic k_jc f_hc(z_ij)     linear    P_ij = S_ij
         O_i = Σ_j P_ij v_j,    z_ij = |x_i - x_j|, or m_p |x_i - x_j| + c_p for pairs of types
 
     Sums run over the real atoms `j` of the molecule, `j = i` included (distance 0). Rows of
@@ -113,6 +113,7 @@ def geo_attention(
     inputs = make_inputs(
         q, k, v, positions, radial, mask, ptr, max_atoms, atom_types, score, normalizer, scale
     )
+    out: Tensor
     out, row = ops._attention(*inputs, backend or "")
     if attention_scale is None:
         return out
@@ -200,7 +201,7 @@ def attention_weights(
     inputs = make_inputs(
         q, k, q, positions, radial, mask, ptr, max_atoms, atom_types, score, normalizer, scale
     )
-    weights = ops._attention_weights(*inputs[:2], *inputs[3:], backend or "")
+    weights: Tensor = ops._attention_weights(*inputs[:2], *inputs[3:], backend or "")
     if attention_scale is None:
         return weights
     if ptr is not None:

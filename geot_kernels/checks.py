@@ -254,8 +254,8 @@ def check_values(inputs: Inputs) -> None:
             bad &= inputs.mask
         first = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"positions: expected finite numbers for real atoms, got {positions[tuple(first)].tolist()} "
-            f"at {first}"
+            "positions: expected finite numbers for real atoms, got "
+            f"{positions[tuple(first)].tolist()} at {first}"
         )
     if types is not None and inputs.pair_index is not None:
         real_types = types if inputs.mask is None else types[inputs.mask]

@@ -39,6 +39,9 @@ class FusedGeoAttention(nn.Module):
     Graphormer-3D (Shi et al., arXiv 2203.04810) with `score="bias"`, `normalizer="softmax"`.
     """
 
+    affine: Tensor | None
+    attention_scale: Tensor | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -94,7 +97,7 @@ class FusedGeoAttention(nn.Module):
         if normalizer not in ("softmax", "linear"):
             raise ValueError(f"normalizer: expected 'softmax' or 'linear', got {normalizer!r}")
         if dropout != 0:
-            raise ValueError(f"dropout: expected 0, other rates are not implemented, got {dropout}")
+            raise ValueError(f"dropout: expected 0, others are not implemented, got {dropout}")
         if not r_max > 0:
             raise ValueError(f"r_max: expected a number > 0, got {r_max}")
         if num_knots is None and backend != "reference":
@@ -102,7 +105,8 @@ class FusedGeoAttention(nn.Module):
                 "num_knots: expected a number; None, for the exact function, needs "
                 f"backend='reference', got backend={backend!r}"
             )
-        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.head_dim = embed_dim // num_heads
         self.score, self.normalizer, self.backend = score, normalizer, backend
         self.r_max, self.num_knots, self.num_types = r_max, num_knots, num_types
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -117,7 +121,7 @@ class FusedGeoAttention(nn.Module):
         self._takes_types = bool(getattr(radial, "takes_types", False))
         if self._takes_types and num_types is None:
             raise ValueError("num_types: expected a number, since radial takes types, got None")
-        affine = None
+        affine: nn.Parameter | None = None
         if num_types is not None and not self._takes_types:
             pairs = num_types * (num_types + 1) // 2
             affine = nn.Parameter(torch.tensor([[1.0, 0.0]] * pairs, **factory))
@@ -288,7 +292,7 @@ class FusedGeoAttention(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.refresh()
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.refresh()

@@ -5,15 +5,16 @@
     geot::attention_bwd_bwd  second backward  -> gradients of (d_out, d_row) and those six
     geot::attention_weights  the weights themselves, an explicit second pass
 
-`row [B, N, H]` is `L_i = log Σ_j exp(S_ij)` for softmax, not differentiable, and the row sum `r_i` for
-linear. `radial` is a table's knots `[P, G+1, 2, C]` or Gaussians `[2 + C, K]`. `needs` names the
-gradients wanted; only those are returned, in order. Cotangents are optional, and absent ones cost
-nothing.
+`row [B, N, H]` is `L_i = log Σ_j exp(S_ij)` for softmax, not differentiable, and the row sum
+`r_i` for linear. `radial` is a table's knots `[P, G+1, 2, C]` or Gaussians `[2 + C, K]`. `needs`
+names the gradients wanted; only those are returned, in order. Cotangents are optional, and absent
+ones cost nothing.
 
-Each derivative is the next operator: the kernel for the Autograd key is a small `autograd.Function`
-whose backward calls it and does nothing else, so `torch.compile`, `make_fx` and `vmap` see every
-pass. (`torch.library.register_autograd` would cost twice the time of a call.) The third order
-raises. `backends.choose` picks who computes, inside the operator, so no tracer sees the choice.
+Each derivative is the next operator: the kernel for the Autograd key is a small
+`autograd.Function` whose backward calls it and does nothing else, so `torch.compile`, `make_fx`
+and `vmap` see every pass. (`torch.library.register_autograd` would cost twice the time of a
+call.) The third order raises. `backends.choose` picks who computes, inside the operator, so no
+tracer sees the choice.
 """
 
 from __future__ import annotations
@@ -40,19 +41,13 @@ _CONSTANTS = (
     "float r_min, float r_max, float scale, str score, str normalizer, str backend"
 )
 _PULLED = "Tensor? d_out, Tensor? d_row, Tensor out, Tensor row"
-_DOTTED = ", ".join(
-    f"Tensor? {x}_dot" for x in ("q", "k", "v", "positions", "radial", "affine")
-)
+_DOTTED = ", ".join(f"Tensor? {x}_dot" for x in ("q", "k", "v", "positions", "radial", "affine"))
 _NUM_INPUTS, _NUM_PULLED = 6, 4
 
 _library = torch.library.Library("geot", "DEF")
 _library.define(f"attention({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor)")
-_library.define(
-    f"attention_weights({_INPUTS.replace('Tensor v, ', '')}, {_CONSTANTS}) -> Tensor"
-)
-_library.define(
-    f"attention_bwd({_PULLED}, {_INPUTS}, bool[] needs, {_CONSTANTS}) -> Tensor[]"
-)
+_library.define(f"attention_weights({_INPUTS.replace('Tensor v, ', '')}, {_CONSTANTS}) -> Tensor")
+_library.define(f"attention_bwd({_PULLED}, {_INPUTS}, bool[] needs, {_CONSTANTS}) -> Tensor[]")
 _library.define(
     f"attention_bwd_bwd({_DOTTED}, {_PULLED}, {_INPUTS}, bool[] needs, {_CONSTANTS}) -> Tensor[]"
 )
@@ -79,25 +74,27 @@ def _run(launcher: str, backend: str, inputs: Inputs, *rest: Any) -> Any:
     return launch(inputs, *rest)
 
 
-def _run_attention(*args: Any) -> tuple[Tensor, Tensor]:
+def _run_attention(*args: Any) -> Any:
     *inputs, backend = args
     return _run("attention", backend, Inputs(*inputs))
 
 
-def _run_attention_weights(*args: Any) -> Tensor:
+def _run_attention_weights(*args: Any) -> Any:
     q, k, *inputs, backend = args
     return _run("attention_weights", backend, Inputs(q, k, k, *inputs))
 
 
-def _run_attention_bwd(d_out: Any, d_row: Any, out: Any, row: Any, *args: Any) -> list[Tensor]:
+def _run_attention_bwd(*args: Any) -> Any:
+    pulled, args = args[:_NUM_PULLED], args[_NUM_PULLED:]
     inputs, needs = Inputs(*args[:_NUM_INPUTS], *args[_NUM_INPUTS + 1 : -1]), args[_NUM_INPUTS]
-    return _run("attention_bwd", args[-1], inputs, d_out, d_row, out, row, needs)
+    return _run("attention_bwd", args[-1], inputs, *pulled, needs)
 
 
-def _run_attention_bwd_bwd(*args: Any) -> list[Tensor]:
-    tangent, (d_out, d_row, out, row, *args) = Tangent(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
+def _run_attention_bwd_bwd(*args: Any) -> Any:
+    tangent, args = Tangent(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
+    pulled, args = args[:_NUM_PULLED], args[_NUM_PULLED:]
     inputs, needs = Inputs(*args[:_NUM_INPUTS], *args[_NUM_INPUTS + 1 : -1]), args[_NUM_INPUTS]
-    return _run("attention_bwd_bwd", args[-1], inputs, tangent, d_out, d_row, out, row, needs)
+    return _run("attention_bwd_bwd", args[-1], inputs, tangent, *pulled, needs)
 
 
 # What a tracer sees: contiguous results, gradients in the dtype of what they belong to.
@@ -109,7 +106,8 @@ def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_attention_weights(*args: Any) -> Tensor:
-    q, ptr, max_atoms = args[0], args[6], args[9]
+    q: Tensor = args[0]
+    ptr, max_atoms = args[6], args[9]
     molecules, atoms = q.shape[:2] if ptr is None else (ptr.shape[0] - 1, max_atoms)
     return q.new_empty(molecules, q.shape[-2], atoms, atoms)
 
@@ -132,6 +130,14 @@ def _fake_attention_bwd_bwd(*args: Any) -> list[Tensor]:
 # Derivatives: each is a call of the next operator.
 
 
+def _call(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator, past its Autograd kernel where no gradient of it can be asked for."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -139,8 +145,8 @@ class _Attention(Function):
             out, row = _attention(*args)
         inputs, constants = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, row, *inputs, *constants[:4])
-        ctx.constants = constants[4:]
+        ctx.save_for_backward(out, row, *inputs)
+        ctx.constants = constants
         if constants[-2] == "softmax":
             ctx.mark_non_differentiable(row)
         return out, row
@@ -151,17 +157,8 @@ class _Attention(Function):
         nothing = (None,) * (len(ctx.needs_input_grad) - _NUM_INPUTS)
         if d_out is None and d_row is None:
             return (None,) * _NUM_INPUTS + nothing
-        out, row, *saved = ctx.saved_tensors
-        grads = _attention_bwd(
-            d_out,
-            d_row,
-            out,
-            row,
-            *saved[:_NUM_INPUTS],
-            needs,
-            *saved[_NUM_INPUTS:],
-            *ctx.constants,
-        )
+        out, row, *inputs = ctx.saved_tensors
+        grads = _call(_attention_bwd, d_out, d_row, out, row, *inputs, needs, *ctx.constants)
         return *_spread(grads, needs), *nothing
 
 
@@ -173,8 +170,8 @@ class _AttentionBackward(Function):
         tensors = args[: _NUM_PULLED + _NUM_INPUTS]
         needs, *constants = args[_NUM_PULLED + _NUM_INPUTS :]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *constants[:4])
-        ctx.needs, ctx.constants = needs, constants[4:]
+        ctx.save_for_backward(*tensors)
+        ctx.needs, ctx.constants = needs, constants
         return tuple(grads)
 
     @staticmethod
@@ -184,11 +181,8 @@ class _AttentionBackward(Function):
         if all(x is None for x in dots):
             return (None,) * len(wanted) + nothing
         needs = (*wanted[:2], *wanted[_NUM_PULLED:])
-        count = _NUM_PULLED + _NUM_INPUTS
-        saved = ctx.saved_tensors
-        grads = _attention_bwd_bwd(
-            *_spread(dots, ctx.needs), *saved[:count], needs, *saved[count:], *ctx.constants
-        )
+        tangent = _spread(dots, ctx.needs)
+        grads = _call(_attention_bwd_bwd, *tangent, *ctx.saved_tensors, needs, *ctx.constants)
         d_out, d_row, *rest = _spread(grads, needs)
         return d_out, d_row, None, None, *rest, *nothing
 
@@ -230,7 +224,7 @@ def _autograd(
     return kernel
 
 
-def _attention_weights_autograd(*args: Any) -> Tensor:
+def _attention_weights_autograd(*args: Any) -> Any:
     """Weights that need a gradient are those of the reference: their size is N² anyway."""
     q, k, positions, radial, affine, mask, ptr, types, pair_index, max_atoms, r_min, r_max = args[
         :12

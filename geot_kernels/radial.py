@@ -72,18 +72,16 @@ class CosineCutoff(nn.Module):
     derivative jumps at `r_max` by `pi^2 / (2 r_max^2)`: for Hessians and molecular dynamics take
     `PolynomialCutoff`.
 
+    Args:
+        r_max: Å.
+
+    Raises:
+        ValueError: `r_max` is not a positive number.
+
     Source: Behler and Parrinello, Phys. Rev. Lett. 98, 146401 (2007).
     """
 
     def __init__(self, r_max: float) -> None:
-        """Sets where the step ends.
-
-        Args:
-            r_max: Å.
-
-        Raises:
-            ValueError: `r_max` is not a positive number.
-        """
         super().__init__()
         self.r_max = _positive(r_max, "r_max")
 
@@ -113,20 +111,18 @@ class PolynomialCutoff(nn.Module):
     Computed as `(1-x)^3 sum_{n<p} (n+1)(n+2)/2 x^n`, which is the same without cancellation.
     The larger `p`, the later the step falls; `p = 3` is PhysNet's `1 - 10 x^3 + 15 x^4 - 6 x^5`.
 
+    Args:
+        r_max: Å.
+        p: The exponent, 3 at least.
+
+    Raises:
+        ValueError: `r_max` is not a positive number, or `p` no integer >= 3.
+
     Source: Gasteiger et al., Directional Message Passing for Molecular Graphs, ICLR 2020, eq. 8
     (without the 1/d that the authors' code includes), `p = 6`.
     """
 
     def __init__(self, r_max: float, p: int = 6) -> None:
-        """Sets where the step ends and how late it falls.
-
-        Args:
-            r_max: Å.
-            p: The exponent, 3 at least.
-
-        Raises:
-            ValueError: `r_max` is not a positive number, or `p` no integer >= 3.
-        """
         super().__init__()
         self.r_max = _positive(r_max, "r_max")
         self.p = _integer(p, "p", 3)
@@ -194,7 +190,21 @@ class GaussianBasis(_Basis):
 
         e_k(d) = exp(-gamma (d - mu_k)^2),  mu_k = r_min + k (r_max - r_min) / (K - 1)
 
-    Beyond `r_max` they die away as they do; nothing is cut off.
+    Nothing is cut off at `r_max`.
+
+    Args:
+        num_basis: Number of Gaussians `K`.
+        r_max: The last center, Å.
+        r_min: The first center, Å.
+        gamma: Å^-2; None takes `1 / (2 s^2)` with the spacing `s` of the centers (one Gaussian:
+            `s = r_max - r_min`), a standard deviation of one spacing.
+        trainable: Makes Parameters of the centers and of one gamma each, `centers [K]` and
+            `gammas [K]`. As any Parameter they are rounded by `.bfloat16()`.
+        cutoff: Multiplies every function: `CosineCutoff`, `PolynomialCutoff` or any function of
+            the distances `[...]`.
+
+    Raises:
+        ValueError: A number is out of its range.
 
     Source: Schütt et al., SchNet, NeurIPS 2017, filter-generating networks (no equation number):
     300 centers every 0.1 Å and gamma = 10 Å^-2, which is `GaussianBasis.geot()`.
@@ -210,22 +220,6 @@ class GaussianBasis(_Basis):
         trainable: bool = False,
         cutoff: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Places the centers.
-
-        Args:
-            num_basis: Number of Gaussians `K`.
-            r_max: The last center, Å.
-            r_min: The first center, Å.
-            gamma: Å^-2; None takes `1 / (2 s^2)` with the spacing `s` of the centers (one
-                Gaussian: `s = r_max - r_min`), a standard deviation of one spacing.
-            trainable: Makes Parameters of the centers and of one gamma each, `centers [K]` and
-                `gammas [K]`. As any Parameter they are rounded by `.bfloat16()`.
-            cutoff: Multiplies every function: `CosineCutoff`, `PolynomialCutoff` or any function
-                of the distances `[...]`.
-
-        Raises:
-            ValueError: A number is out of its range.
-        """
         super().__init__(num_basis, r_max, cutoff)
         _require(-math.inf < r_min < r_max, "r_min", f"a number < r_max={r_max}", r_min)
         self.r_min = float(r_min)
@@ -260,6 +254,15 @@ class ExponentialNormalBasis(_Basis):
     (`r_max` as a number of Å.) The published one is this times a cosine cutoff: give it as
     `cutoff=CosineCutoff(r_max)`. Without, the functions go to constants beyond `r_max`.
 
+    Args:
+        num_basis: Number of functions `K`.
+        r_max: Range of the distance, Å.
+        alpha: Å^-1; None takes `5 / r_max`.
+        cutoff: Multiplies every function, as for `GaussianBasis`.
+
+    Raises:
+        ValueError: A number is out of its range.
+
     Source: `ExpNormalSmearing` in the code of TorchMD-NET (Thölke and De Fabritiis, ICLR 2022),
     after PhysNet; its lower cutoff is 0 here and nothing is trained.
     """
@@ -272,17 +275,6 @@ class ExponentialNormalBasis(_Basis):
         alpha: float | None = None,
         cutoff: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Places the centers.
-
-        Args:
-            num_basis: Number of functions `K`.
-            r_max: Range of the distance, Å.
-            alpha: Å^-1; None takes `5 / r_max`.
-            cutoff: Multiplies every function, as for `GaussianBasis`.
-
-        Raises:
-            ValueError: A number is out of its range.
-        """
         super().__init__(num_basis, r_max, cutoff)
         self.alpha = 5 / self.r_max if alpha is None else _positive(alpha, "alpha")
 
@@ -307,20 +299,18 @@ class PhysNetBasis(ExponentialNormalBasis):
     with `mu_k` and `beta` as in `ExponentialNormalBasis`, `alpha = 1` Å^-1. The published network
     trains both from here and counts `k` from the other end; these are fixed.
 
+    Args:
+        num_basis: Number of functions `K`.
+        r_max: Where the cutoff ends, Å.
+
+    Raises:
+        ValueError: A number is out of its range.
+
     Source: Unke and Meuwly, PhysNet, J. Chem. Theory Comput. 15, 3678 (2019), eq. 7, and
     `RBFLayer` in the authors' code.
     """
 
     def __init__(self, num_basis: int, r_max: float) -> None:
-        """Places the centers.
-
-        Args:
-            num_basis: Number of functions `K`.
-            r_max: Where the cutoff ends, Å.
-
-        Raises:
-            ValueError: A number is out of its range.
-        """
         super().__init__(num_basis, r_max, alpha=1.0, cutoff=PolynomialCutoff(r_max, p=3))
 
 
@@ -334,6 +324,14 @@ class BesselBasis(_Basis):
     Beyond `r_max` the functions go on as the formula says; give a `cutoff` to end them there
     (the published network multiplies by `PolynomialCutoff(r_max, p=6)`).
 
+    Args:
+        num_basis: Number of functions `K`.
+        r_max: Where all functions vanish, Å.
+        cutoff: Multiplies every function, as for `GaussianBasis`.
+
+    Raises:
+        ValueError: A number is out of its range.
+
     Source: Gasteiger et al., Directional Message Passing for Molecular Graphs, ICLR 2020, eq. 7;
     frequencies are fixed.
     """
@@ -345,16 +343,6 @@ class BesselBasis(_Basis):
         *,
         cutoff: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Sets the frequencies.
-
-        Args:
-            num_basis: Number of functions `K`.
-            r_max: Where all functions vanish, Å.
-            cutoff: Multiplies every function, as for `GaussianBasis`.
-
-        Raises:
-            ValueError: A number is out of its range.
-        """
         super().__init__(num_basis, r_max, cutoff)
 
     def functions(self, dist: Tensor) -> Tensor:
@@ -426,11 +414,28 @@ class RadialMLP(nn.Module):
     GeoT's filter, `ssp(ssp(e W_1 + b_1) W_2 + b_2)` of SchNet's 300 Gaussians, is
     `RadialMLP(GaussianBasis.geot(), 64, H * D, activation="ssp", final_activation="ssp")`, and
     with its atom embedding `num_types=200`. Computes in the dtype of the distances, to which the
-    parameters are cast.
+    parameters are cast. Layers start as `nn.Linear` and `nn.Embedding` do.
+
+    Args:
+        basis: Distances `[M]`, Å, to `[M, K]`, with an attribute `num_basis = K`.
+        hidden: Width of the hidden layer, or of each one; `()` for none.
+        num_channels: Radial channels `C`: `H` for the score "bias", `H*D` for "filter".
+        activation: After each hidden layer: "silu" (the usual one in the field today), "ssp",
+            "gelu", "tanh", "elu", "relu", a Module (one for all layers) or a function. With
+            "relu" forces jump, with "elu" their derivatives do.
+        final_activation: After the last layer, likewise; None for none.
+        cutoff: Multiplies the result: `CosineCutoff`, `PolynomialCutoff` or any function of the
+            distances `[M]`.
+        num_types: Number of atom types `T`; None for a function of the distance alone.
+        type_dim: Width of the embedding `a [T, type_dim]` of the types.
 
     Attributes:
         num_channels: Radial channels `C`.
         takes_types: Whether `forward` needs the types of the two atoms.
+
+    Raises:
+        ValueError: A number is out of its range, `basis` has no `num_basis`, or an activation is
+            unknown.
 
     Source: filters as in Schütt et al., SchNet, NeurIPS 2017; `SiLU` as in PaiNN and TorchMD-NET.
     """
@@ -447,28 +452,9 @@ class RadialMLP(nn.Module):
         num_types: int | None = None,
         type_dim: int = 64,
     ) -> None:
-        """Makes the layers, initialised as `nn.Linear` and `nn.Embedding` are.
-
-        Args:
-            basis: Distances `[M]`, Å, to `[M, K]`, with an attribute `num_basis = K`.
-            hidden: Width of the hidden layer, or of each one; `()` for none.
-            num_channels: Radial channels `C`: `H` for the score "bias", `H*D` for "filter".
-            activation: After each hidden layer: "silu" (the field's usual one today), "ssp",
-                "gelu", "tanh", "elu", "relu", a Module (one for all layers) or a function. With
-                "relu" the forces jump, with "elu" their derivatives do.
-            final_activation: After the last layer, likewise; None for none.
-            cutoff: Multiplies the result: `CosineCutoff`, `PolynomialCutoff` or any function of
-                the distances `[M]`.
-            num_types: Number of atom types `T`; None for a function of the distance alone.
-            type_dim: Width of the embedding `a [T, type_dim]` of the types.
-
-        Raises:
-            ValueError: A number is out of its range, `basis` has no `num_basis`, or an activation
-                is unknown.
-        """
         super().__init__()
-        _require(hasattr(basis, "num_basis"), "basis", "a Module with num_basis", basis)
-        inputs: int = getattr(basis, "num_basis")
+        inputs: int = getattr(basis, "num_basis", 0)
+        _require(inputs > 0, "basis", "a Module with num_basis", basis)
         widths = hidden if isinstance(hidden, Sequence) else (hidden,)
         self.basis = basis
         self.num_channels = _integer(num_channels, "num_channels", 1)

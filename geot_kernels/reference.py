@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import RadialTable, radial_coordinate
+from .table import RadialTable
 
 
 def geo_attention(
@@ -47,7 +47,7 @@ def geo_attention(
         q, k, positions, radial, mask, atom_types, score, normalizer, scale, attention_scale
     )
     v_real = zero_padding(v, mask).to(weights.dtype)
-    out = torch.einsum("bhij,bjhd->bihd", weights, v_real).to(q.dtype)
+    out = zero_padding(torch.einsum("bhij,bjhd->bihd", weights, v_real), mask).to(q.dtype)
     return out if ptr is None else rows.unpad(out)
 
 
@@ -139,13 +139,11 @@ def products(q: Tensor, k: Tensor, f: Tensor, score: str, scale: float) -> Tenso
     """Computes the product in the score: `κ q_i·k_j`, or `κ Σ_c q_ic k_jc f_c` of a filter."""
     if score == "bias":
         return scale * torch.einsum("bihd,bjhd->bhij", q, k)
-    filters = f.unflatten(-1, q.shape[2:])  # [B, I, J, H, D]
+    filters: Tensor = f.unflatten(-1, q.shape[2:])  # [B, I, J, H, D]
     return scale * (q[:, :, None] * filters * k[:, None]).sum(-1).permute(0, 3, 1, 2)
 
 
-def normalize(
-    s: Tensor, mask: Tensor | None, normalizer: str
-) -> tuple[Tensor, Tensor]:
+def normalize(s: Tensor, mask: Tensor | None, normalizer: str) -> tuple[Tensor, Tensor]:
     """Computes `P [B, H, I, J]`, 0 on padded keys, and the row's number `[B, I, H]`.
 
     That is `L_i = log Σ_j exp(S_ij)` for `softmax`, `r_i = Σ_j S_ij` for `linear`.
@@ -185,9 +183,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def cast_table(table: RadialTable, dtype: torch.dtype) -> RadialTable:
     """Casts the tensors of a table that carry numbers."""
     affine = None if table.affine is None else table.affine.to(dtype)
-    return RadialTable(
-        table.knots.to(dtype), table.r_min, table.r_max, table.pair_index, affine
-    )
+    return RadialTable(table.knots.to(dtype), table.r_min, table.r_max, table.pair_index, affine)
 
 
 class PackedRows:

@@ -404,32 +404,41 @@ def table_error(fn: RadialFunction, table: RadialTable, tolerance: float = 1e-4)
     intervals = table.num_knots - 1
     h = (table.r_max - table.r_min) / intervals
     inner = max(intervals - _END_INTERVALS, 1)
-    errors, largest = torch.zeros(3), torch.zeros(3)
+    errors, largest = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     end_slope = 0.0
     for pair in range(table.knots.shape[0]):
         types = () if table.knots.shape[0] == 1 else _types_of(pair, table)
         knots = table.knots[pair : pair + 1].detach().double()
+        tabulated = RadialTable(knots, table.r_min, table.r_max)
         for start in range(0, inner, _SLICE):
             steps = torch.arange(start, min(start + _SLICE, inner), device=knots.device)
             t = torch.arange(_SAMPLES, device=knots.device) / _SAMPLES
             z = table.r_min + h * (steps[:, None] + t.double()).flatten()
             exact = _derivatives(fn, z, types)
-            spline = _derivatives(lambda x, *_: interpolate(
-                knots, x, None, table.r_min, table.r_max), z, ())
+            spline = _derivatives(tabulated, z, ())
             if exact[0].shape != spline[0].shape:
                 raise ValueError(
-                    f"fn: expected {table.num_channels} channels, got {exact[0].shape[-1]}")
+                    f"fn: expected {table.num_channels} channels, got {exact[0].shape[-1]}"
+                )
             for order in range(3):
                 error = float((spline[order] - exact[order]).abs().max())
-                errors[order] = max(float(errors[order]), error)
-                largest[order] = max(float(largest[order]), float(exact[order].abs().max()))
+                errors[order] = max(errors[order], error)
+                largest[order] = max(largest[order], float(exact[order].abs().max()))
         end = torch.full((1,), table.r_max, dtype=torch.float64, device=knots.device)
         end_slope = max(end_slope, float(_derivatives(fn, end, types)[1].abs().max()))
-    allowed = tolerance * float(largest[1])
-    excess = float(errors[1]) / allowed if allowed > 0 else 0.0
+    allowed = tolerance * largest[1]
+    excess = errors[1] / allowed if allowed > 0 else 0.0
     wanted = max(table.num_knots * excess ** (1 / 3), 64.0)
+    enough: int = 2 ** math.ceil(math.log2(wanted) - 1e-9)
     return TableError(
-        *errors.tolist(), *largest.tolist(), end_slope, 2 ** math.ceil(math.log2(wanted) - 1e-9)
+        value=errors[0],
+        slope=errors[1],
+        curvature=errors[2],
+        max_value=largest[0],
+        max_slope=largest[1],
+        max_curvature=largest[2],
+        end_slope=end_slope,
+        num_knots=enough,
     )
 
 
@@ -447,12 +456,14 @@ def _derivatives(
     A derivative for each channel from reverse mode alone: the gradient of `Σ w_mc f_c(z_m)` in
     `z` is linear in `w`, and its gradient in `w` is `f'`.
     """
+
     def derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def df(z: Tensor) -> Tensor:
             values = f(z)
             w = torch.ones_like(values, requires_grad=True)
             (slope,) = torch.autograd.grad(values, z, w, create_graph=True)
             return torch.autograd.grad(slope.sum(), w, create_graph=True)[0]
+
         return df
 
     ids = tuple(torch.full(z.shape, t, dtype=torch.int64, device=z.device) for t in types)

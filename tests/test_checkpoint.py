@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from geot_model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -114,13 +115,8 @@ def test_damaged_file_is_refused(damage, checkpoint, tmp_path):
     if damage == "cut":
         content = content[: len(content) // 2]
     else:
-        weights = (
-            checkpoint.state_dict[
-                max(checkpoint.state_dict, key=lambda name: checkpoint.state_dict[name].numel())
-            ]
-            .numpy()
-            .tobytes()
-        )
+        largest = max(checkpoint.state_dict.values(), key=torch.numel)
+        weights = largest.numpy().tobytes()
         content[content.index(weights) + 5] ^= 255
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.pt: damaged or no checkpoint"):

@@ -86,9 +86,7 @@ def second_order(case, backend, parts):
     g = torch.Generator().manual_seed(5)
     cotangent = torch.randn(out.shape, generator=g, dtype=out.dtype).requires_grad_()
     first = torch.autograd.grad(out, [tensors[p] for p in parts], cotangent, create_graph=True)
-    loss = sum(
-        (x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in first
-    )
+    loss = sum((x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in first)
     second = torch.autograd.grad(loss, [cotangent, *tensors.values()], allow_unused=True)
     zeros = [cotangent, *tensors.values()]
     return [torch.zeros_like(z) if x is None else x for x, z in zip(second, zeros, strict=True)]
@@ -363,9 +361,7 @@ def test_autocast_computes_scores_in_float32(dtype):
         out = case.attention()
         assert out.dtype == dtype
         out.float().square().sum().backward()
-    tensors = [
-        x.detach().to(dtype) if n in "qkv" else x.detach() for n, x in case.tensors.items()
-    ]
+    tensors = [x.detach().to(dtype) if n in "qkv" else x.detach() for n, x in case.tensors.items()]
     assert relative_error(out, case.attention(*tensors, backend="reference")) == 0
     assert all(x.grad is not None and x.grad.dtype == x.dtype for x in case.tensors.values())
 

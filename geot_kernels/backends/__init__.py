@@ -1,8 +1,8 @@
 """The backends: which there are, which can run, and their launchers.
 
 A backend is a module with the launchers of the four operators (`attention`,
-`attention_weights`, `attention_bwd`, `attention_bwd_bwd`; see `eager`) and `why_not`, which says in
-one sentence why it cannot run. Modules are imported when they are first asked for.
+`attention_weights`, `attention_bwd`, `attention_bwd_bwd`; see `eager`) and `why_not`, which says
+in one sentence why it cannot run. Modules are imported when they are first asked for.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected {_EXPECTED}")
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load itself does not look at the checksums
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint can raise anything
         raise CheckpointError(f"{path}: damaged or no checkpoint; expected {_EXPECTED}") from error

@@ -210,7 +210,7 @@ def draw_pairs(
     with rdBase.BlockLogs():
         image, points = _rendered(_sketch(mol, marked))
     figure, axes = _canvas(image, len(pairs) + 2)  # and two lines above them
-    _draw_bands(axes, pairs, points)
+    _draw_bands(axes, pairs, points, np.array(image.shape[1::-1]))
     _draw_atoms(axes, labels, marked, points)
     _list_pairs(axes, pairs, labels)
     title = textwrap.fill(title, (image.shape[1] + _PANEL_PX) // 15)
@@ -309,7 +309,7 @@ def _rendered(sketch: Chem.Mol) -> tuple[npt.NDArray[np.float32], dict[int, _Poi
 
 
 def _canvas(image: npt.NDArray[np.float32], rows: int) -> tuple[Figure, Axes]:
-    """A figure with the picture at its own pixels, room for a list of so many rows at its right."""
+    """A figure with the picture at its own pixels and room at its right for a list of rows."""
     height, width = image.shape[:2]
     full = width + _PANEL_PX, max(height, rows * _ROW_PX)
     figure = Figure(figsize=(full[0] / _DPI, full[1] / _DPI), dpi=_DPI)
@@ -330,12 +330,14 @@ def _style(value: float, top: float) -> dict[str, Any]:
     }
 
 
-def _draw_bands(axes: Axes, pairs: Sequence[Pair], points: dict[int, _Points]) -> None:
+def _draw_bands(
+    axes: Axes, pairs: Sequence[Pair], points: dict[int, _Points], size: npt.NDArray[np.int64]
+) -> None:
     """Bands between the atoms of each pair below the bonds, the pairs' ranks above them."""
     taken = list(points.values())
     badge = {"boxstyle": "circle,pad=0.2", "facecolor": "white", "linewidth": 0.5}
     for rank, (i, j, value) in enumerate(pairs, start=1):
-        band = _curve(points[i], points[j], taken)
+        band = _curve(points[i], points[j], taken, size)
         axes.add_line(Line2D(*band.T, zorder=2, clip_on=False, **_style(value, abs(pairs[0][2]))))
         x, y = band[len(band) // 2]
         taken.append(band[len(band) // 2])
@@ -353,17 +355,20 @@ def _draw_atoms(
         axes.text(x, y, labels[row], fontsize=size, ha="center", va="center_baseline", zorder=5)
 
 
-def _curve(start: _Points, end: _Points, taken: Sequence[_Points]) -> _Points:
-    """Points [41, 2] of a curve from start to end, no more bent than clears what is taken."""
+def _curve(
+    start: _Points, end: _Points, taken: Sequence[_Points], size: npt.NDArray[np.int64]
+) -> _Points:
+    """Points [41, 2] from start to end, bent no more than clears what is taken and the edges."""
     across = (end - start)[::-1] * (-1, 1)
     others = np.array([at for at in taken if at is not start and at is not end]).reshape(-1, 2)
     t = np.linspace(0, 1, 41)[:, None]  # [41, 1]
-    best, most = start[None], -1.0
+    best, most = start[None], -math.inf
     for bend in (0.0, 0.25, -0.25, 0.5, -0.5, 0.75, -0.75):
         control = (start + end) / 2 + bend * across
         curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * control + t**2 * end
         far = np.linalg.norm(curve[6:-6, None] - others, axis=-1)  # the ends stay near by nature
-        clear = float(far.min(initial=_CLEAR_PX))
+        inside = np.minimum(curve, size - curve).min()
+        clear = min(float(far.min(initial=_CLEAR_PX)), _CLEAR_PX + float(inside))
         if clear > most:
             best, most = curve, clear
     return best

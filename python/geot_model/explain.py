@@ -1,12 +1,12 @@
 """What a model says of a molecule: predictions, and the attention between its atoms in pictures.
 
-GeoT's attention weights W have no softmax: they come with any sign and scale. Neither means much
-by itself: W -> c W with values v -> v / c, for any c of a head, is the same network. What stays
-the same is the share of each weight in its row, and that is what is averaged here:
+GeoT's attention weights P have no softmax: they come with any sign and scale. Neither means much
+by itself: P -> c P with values v -> v / c, for any number c of a head, is the same network. What
+stays the same is the share of each weight in its row, and that is what is averaged here:
 
-    A_ij = mean over layers l and heads h of  |W_ij^lh| / Σ_j' |W_ij'^lh|
+    W_ij = mean over layers l and heads h of  |P_ij^lh| / Σ_k |P_ik^lh|
 
-So 0 <= A_ij <= 1, and each row sums to 1.
+So 0 <= W_ij <= 1, and each row sums to 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .model import GeoT
 from .molecule import Molecule
 from .qm9 import load_qm9
 
-FORMULA = r"$A_{ij}$ = mean over layers, heads of $|W_{ij}|\,/\,\sum_{j'}|W_{ij'}|$"
+FORMULA = "W_ij = mean over layers and heads of |P_ij| / Σ_k |P_ik|"
 PREDICTIONS = "predictions.csv"
 
 _LONGEST_NAME = 60  # of a file
@@ -44,7 +44,7 @@ class Explanation:
         molecule: The molecule.
         predictions: Target to value, in the units of the checkpoint's targets.
         truth: Target to value where it is known.
-        attention: `A [n, n]`, row i: the query atom; see this module's formula.
+        attention: `W [n, n]`, row i: the query atom; see this module's formula.
     """
 
     molecule: Molecule
@@ -56,15 +56,15 @@ class Explanation:
 def aggregate_attention(maps: Tensor) -> Tensor:
     """Average attention over layers and heads: each weight's share in its row, signs left out.
 
-        A_ij = mean over l, h of  |W_ij^lh| / Σ_j' |W_ij'^lh|
+        W_ij = mean over l, h of  |P_ij^lh| / Σ_k |P_ik^lh|
 
     A row of zeros, as of a padded atom, counts as zeros.
 
     Args:
-        maps: `W [L, H, n, n]`, row i: the query atom.
+        maps: `P [L, H, n, n]`, row i: the query atom.
 
     Returns:
-        `A [n, n]`.
+        `W [n, n]`, differentiable.
     """
     strength = maps.abs()
     total = strength.sum(-1, keepdim=True)
@@ -186,7 +186,8 @@ def write_pictures(
         colorbar_label=FORMULA,
         signed=False,
     )
-    draw_pairs(molecule, explanation.attention, pairs, num_pairs=num_pairs, title=title)
+    weights = explanation.attention
+    draw_pairs(molecule, weights, pairs, num_pairs=num_pairs, title=f"{title}. {FORMULA}")
     return heat_map, pairs
 
 
@@ -196,7 +197,8 @@ def caption(checkpoint: Checkpoint, explanation: Explanation) -> str:
     for target, unit in checkpoint.targets.items():
         known = explanation.truth.get(target)
         truth = "" if known is None else f" (QM9: {known:.2f})"
-        parts.append(f"{target} {explanation.predictions[target]:.2f} {unit}{truth}")
+        value = f"{target} {explanation.predictions[target]:.2f} {unit}{truth}"
+        parts.append(value.replace(" ", "\N{NO-BREAK SPACE}"))  # titles are wrapped
     molecule = explanation.molecule
     return f"{molecule.name}, {formula(molecule.numbers)}: predicted {', '.join(parts)}"
 

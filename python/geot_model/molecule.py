@@ -26,10 +26,10 @@ _EMBED_TIMEOUT_S = 60
 _RELAX_STEPS = 2000
 _FRAGMENT_GAP = 2.5  # Å between fragments of one SMILES before they are relaxed
 # Covalent radii are multiplied by these. RDKit's own rule bonds atoms across small rings, which
-# leaves 6 % of QM9's molecules without bond orders; 1.15 leaves none of the 3,000 in our sample.
+# leaves 6 % of our 3,000 molecules of QM9 without bond orders; 1.15 leaves none.
 _BOND_REACHES = (1.15, 1.3)
 # The search for bond orders is exponential in the number of atoms with several valences: on some
-# molecules of 40 atoms it does not end (RDKit issue 9227). Real ones need a few hundred tries.
+# molecules of 40 atoms it does not end (RDKit issue 9227). QM9's need fewer than 30 tries.
 _BOND_ORDER_TRIES = 10_000
 
 

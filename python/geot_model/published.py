@@ -1,8 +1,9 @@
 """The arrays of the published GeoT, a TensorFlow network: names, shapes, and their place in ours.
 
-A published array is called `layer0.attention.query.kernel`; a kernel is `[in, out]`, a torch weight
-`[out, in]`. Sizes and variants follow from names and shapes: no `layernorm2`: feed-forward beside
-the attention; `attention_scale` and `atom_embedding`: there or not, in all layers alike.
+A published array is called, say, `layer0.attention.query.kernel`; a kernel is `[in, out]`, where
+PyTorch's weight is `[out, in]`. Sizes and variants follow from names and shapes: no `layernorm2`
+means feed-forward beside the attention; `attention_scale` and `atom_embedding` are there or not,
+in all layers alike.
 
 Source: https://github.com/oleneyl/geometry-aware-transformer (Kwak et al., ACS Omega 2023,
 arXiv 2106.15516).
@@ -136,13 +137,15 @@ def _sizes(arrays: Mapping[str, Tensor], shapes: Mapping[str, str]) -> dict[str,
             raise ValueError(f"{name}: expected no array of this name, got {_shape(arrays[name])}")
     votes: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for name, letters in shapes.items():
-        for letter, size in zip(letters, arrays[name].shape, strict=False):
-            votes[letter][size] += 1
+        if arrays[name].ndim == len(letters):
+            for letter, size in zip(letters, arrays[name].shape, strict=True):
+                votes[letter][size] += 1
     sizes = {letter: count.most_common(1)[0][0] for letter, count in votes.items()} | _FIXED
     for name, letters in shapes.items():
-        expected = [sizes.get(letter) for letter in letters]
-        if list(arrays[name].shape) != expected:
-            raise ValueError(f"{name}: expected {expected}, got {_shape(arrays[name])}")
+        expected = [sizes.get(letter, letter) for letter in letters]
+        if _shape(arrays[name]) != expected:
+            written = ", ".join(map(str, expected))
+            raise ValueError(f"{name}: expected [{written}], got {_shape(arrays[name])}")
     return sizes
 
 

@@ -2,6 +2,8 @@
 
     A_ij = dO_i·v_j + dr_i
     softmax:  δ_i = Σ_j P_ij A_ij,  E_ij = P_ij (A_ij - δ_i)        linear:  E_ij = A_ij
+
+`E` is the gradient of the scores.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from .pair import Batch, Block, GeometryGradient
 class Coefficients:
     """`P`, `A`, `δ` and `E [b, H, I, J]` of a block, which both backward passes start from."""
 
-    def __init__(self, block: Block, f: Tensor, d_out: Tensor | None, d_row: Tensor | None) -> None:
+    def __init__(
+        self, block: Block, f: Tensor, d_out: Tensor | None, d_row: Tensor | None
+    ) -> None:
         normalizer = block.batch.inputs.normalizer
         self.weights, _ = normalize(block.scores(f), block.mask, normalizer)
         self.a = torch.zeros_like(self.weights)

@@ -132,7 +132,8 @@ def _spread(e: Tensor) -> Tensor:
 
 
 def _by_head(f: Tensor, like: Tensor) -> Tensor:
-    return f.unflatten(-1, like.shape[2:])  # [b, I, J, H, D]
+    heads: Tensor = f.unflatten(-1, like.shape[2:])  # [b, I, J, H, D]
+    return heads
 
 
 class GeometryGradient:

@@ -1,8 +1,8 @@
-"""The radial function at a block's pairs: derivatives, tangents and adjoints of a table or Gaussians.
+"""The radial function at a block's pairs: derivatives, tangents and adjoints.
 
-Both classes give `f`, `f'`, `f''` at `z`, the tangent `ḟ` along their parameters' dotted
-direction with its derivative in `z`, and the adjoint: of the weight `g` on `f(z)` and of the weight
-`g̃` on the tangent `f̃ = f'(z) ż + ḟ(z)`.
+A `Table` and `Gaussians` both give `f`, `f'`, `f''` at `z`, the tangent `ḟ` along their parameters'
+dotted direction with its derivative in `z`, and the adjoint: of the weight `g` on `f(z)` and of
+the weight `g̃` on the tangent `f̃ = f'(z) ż + ḟ(z)`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Table:
             return None
         return self._combine(self._dot, hermite_slope(self._t) * self._per_h)
 
-    def add_adjoint(self, grad: Tensor, g: Tensor, g_dot: Tensor | None, z_dot: Tensor | None) -> None:
+    def add_adjoint(
+        self, grad: Tensor, g: Tensor, g_dot: Tensor | None, z_dot: Tensor | None
+    ) -> None:
         """Adds to `grad`, shaped like the knots, what `g` and `g_dot [..., C]` weigh."""
         self._scatter(grad, hermite(self._t), g)
         if g_dot is not None and z_dot is not None:
@@ -128,7 +130,9 @@ class Gaussians:
         moved = self._phi_zg() * gamma - self._phi_zz() * center
         return self._phi_z() @ w.T + moved @ self._w.T
 
-    def add_adjoint(self, grad: Tensor, g: Tensor, g_dot: Tensor | None, z_dot: Tensor | None) -> None:
+    def add_adjoint(
+        self, grad: Tensor, g: Tensor, g_dot: Tensor | None, z_dot: Tensor | None
+    ) -> None:
         """Adds to `grad [2 + C, K]` what `g` and `g_dot [..., C]` weigh."""
         gw = g @ self._w  # [..., K]
         _add(grad[0], -self._phi_z() * gw)

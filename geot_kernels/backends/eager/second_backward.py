@@ -36,14 +36,14 @@ def attention_bwd_bwd(
     """Computes those gradients of `(d_out, d_row, *six inputs)` that `needs` asks for."""
     batch = Batch(inputs)
     pulled = [None if x is None else batch.load(x) for x in (d_out, d_row)]
-    dotted = [None if x is None else batch.load(x) for x in tangent[:4]]
+    q_dot, k_dot, v_dot, x_dot = (None if x is None else batch.load(x) for x in tangent[:4])
     grad_d_out, gq, gk, gv = (batch.zeros(*batch.q.shape) for _ in range(4))
     grad_d_row = batch.zeros(*batch.q.shape[:3])
     d_radial = batch.zeros(*inputs.radial.shape)
     geometry = GeometryGradient(batch)
     for block in batch.blocks():
         at, molecules, q, k = block.at, block.molecules, block.q, block.k
-        dot = _BlockTangent(block, *dotted, tangent.affine)
+        dot = _BlockTangent(block, q_dot, k_dot, v_dot, x_dot, tangent.affine)
         d_out_i, d_row_i = (None if x is None else x[at] for x in pulled)
         radial = block.radial(tangent.radial)
         f, f1 = radial.value(), radial.slope()
