@@ -42,7 +42,7 @@ _CONSTANTS = (
 )
 _PULLED = "Tensor? d_out, Tensor? d_row, Tensor out, Tensor row"
 _DOTTED = ", ".join(f"Tensor? {x}_dot" for x in ("q", "k", "v", "positions", "radial", "affine"))
-_NUM_INPUTS, _NUM_PULLED = 6, 4
+_NUM_INPUTS, _NUM_PULLED, _NUM_CONSTANTS = 6, 4, 11
 
 _library = torch.library.Library("geot", "DEF")
 _library.define(f"attention({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor)")
@@ -85,15 +85,15 @@ def _run_attention_weights(*args: Any) -> Any:
 
 
 def _run_attention_bwd(*args: Any) -> Any:
-    pulled, args = args[:_NUM_PULLED], args[_NUM_PULLED:]
-    inputs, needs = Inputs(*args[:_NUM_INPUTS], *args[_NUM_INPUTS + 1 : -1]), args[_NUM_INPUTS]
+    *pulled, q, k, v, x, radial, affine, needs = args[: _NUM_PULLED + _NUM_INPUTS + 1]
+    inputs = Inputs(q, k, v, x, radial, affine, *args[_NUM_PULLED + _NUM_INPUTS + 1 : -1])
     return _run("attention_bwd", args[-1], inputs, *pulled, needs)
 
 
 def _run_attention_bwd_bwd(*args: Any) -> Any:
     tangent, args = Tangent(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
-    pulled, args = args[:_NUM_PULLED], args[_NUM_PULLED:]
-    inputs, needs = Inputs(*args[:_NUM_INPUTS], *args[_NUM_INPUTS + 1 : -1]), args[_NUM_INPUTS]
+    *pulled, q, k, v, x, radial, affine, needs = args[: _NUM_PULLED + _NUM_INPUTS + 1]
+    inputs = Inputs(q, k, v, x, radial, affine, *args[_NUM_PULLED + _NUM_INPUTS + 1 : -1])
     return _run("attention_bwd_bwd", args[-1], inputs, tangent, *pulled, needs)
 
 
@@ -153,13 +153,12 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_row: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[:_NUM_INPUTS]
-        nothing = (None,) * (len(ctx.needs_input_grad) - _NUM_INPUTS)
         if d_out is None and d_row is None:
-            return (None,) * _NUM_INPUTS + nothing
+            return (None,) * (_NUM_INPUTS + _NUM_CONSTANTS)
+        needs = ctx.needs_input_grad[:_NUM_INPUTS]
         out, row, *inputs = ctx.saved_tensors
         grads = _call(_attention_bwd, d_out, d_row, out, row, *inputs, needs, *ctx.constants)
-        return *_spread(grads, needs), *nothing
+        return *_spread(grads, needs), *(None,) * _NUM_CONSTANTS
 
 
 class _AttentionBackward(Function):
@@ -177,7 +176,7 @@ class _AttentionBackward(Function):
     @staticmethod
     def backward(ctx: Any, *dots: Tensor | None) -> Any:
         wanted = ctx.needs_input_grad[: _NUM_PULLED + _NUM_INPUTS]
-        nothing = (None,) * (len(ctx.needs_input_grad) - len(wanted))
+        nothing = (None,) * (1 + _NUM_CONSTANTS)
         if all(x is None for x in dots):
             return (None,) * len(wanted) + nothing
         needs = (*wanted[:2], *wanted[_NUM_PULLED:])
@@ -207,16 +206,24 @@ def _spread(present: Sequence[Tensor | None], flags: Sequence[bool]) -> list[Ten
     return [next(rest) if flag else None for flag in flags]
 
 
+def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a derivative, of whatever mode, may be asked for."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
 def _autograd(
     op: Callable[..., Any], function: type[Function], num_tensors: int, result: type
 ) -> Callable[..., Any]:
     """The Autograd kernel: `function` where a derivative may be asked for, else the operator."""
 
     def kernel(*args: Any) -> Any:
-        differentiable = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in args[:num_tensors]
-        )
-        if differentiable or forward_ad._current_level >= 0:
+        if _differentiable(args[:num_tensors]):
             return result(function.apply(*args))
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -229,10 +236,7 @@ def _attention_weights_autograd(*args: Any) -> Any:
     q, k, positions, radial, affine, mask, ptr, types, pair_index, max_atoms, r_min, r_max = args[
         :12
     ]
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in args[:5]
-    )
-    if not differentiable and forward_ad._current_level < 0:
+    if not _differentiable(args[:5]):
         with torch._C._AutoDispatchBelowAutograd():
             return _attention_weights(*args)
     scale, score, normalizer = args[12:15]

@@ -125,8 +125,11 @@ WRONG = {
         r"q: expected float32, float64, bfloat16 or float16, got torch\.int64",
         {"q": torch.ones(B, N, H, D).long()},
     ),
-    "q complex": (TypeError, r"q: expected .*, got torch\.complex64", {"q": torch.ones(
-        B, N, H, D, dtype=torch.complex64)}),
+    "q complex": (
+        TypeError,
+        r"q: expected .*, got torch\.complex64",
+        {"q": torch.ones(B, N, H, D, dtype=torch.complex64)},
+    ),
     "k none": (TypeError, rf"k: expected .*{FULL}.*, got NoneType", {"k": None}),
     "k shape": (
         ValueError,
@@ -638,8 +641,10 @@ def test_positions_of_real_atoms_must_be_finite():
         arguments["mask"][2, 5] = True
         arguments["positions"][2, 5, 1] = garbage
         message = r"positions: expected finite numbers for real atoms, got \[.*(nan|inf).*\] at "
-        refused(check_inputs, arguments, ValueError, message + r"\[2, 5\]")
         refused(check_inputs, arguments, ValueError, message + r"\[2, 5\]", mask=None)
+        arguments["mask"][0, 1] = False
+        arguments["positions"][0, 1] = garbage  # in a padded row, where it is no mistake
+        refused(check_inputs, arguments, ValueError, message + r"\[2, 5\]")
         rows = packed()
         rows["positions"][70, 0] = garbage
         refused(check_inputs, rows, ValueError, message + r"\[70\]")

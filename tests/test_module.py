@@ -226,9 +226,7 @@ def test_weights_come_only_on_request_and_averaged_on_request():
     packed = (x[mask], positions[mask])
     _, weights = layer(*packed, ptr=ptr(), need_weights=True)
     assert weights.shape == (B, H, max(LENGTHS), max(LENGTHS))
-    _, mean = layer(
-        *packed, ptr=ptr(), max_atoms=9, need_weights=True, average_attn_weights=True
-    )
+    _, mean = layer(*packed, ptr=ptr(), max_atoms=9, need_weights=True, average_attn_weights=True)
     assert mean.shape == (B, 9, 9)
 
 
@@ -305,11 +303,15 @@ def loop(layer, x, positions, mask, types, f):
         real = mask[b].nonzero().flatten().tolist()
         for i in real:
             for h in range(H):
-                scores = torch.stack([
-                    q[b, i, h] @ k[b, j, h] * (E // H) ** -0.5
-                    + f((positions[b, i] - positions[b, j]).norm(), types[b, i], types[b, j])[h]
-                    for j in real
-                ])
+                scores = torch.stack(
+                    [
+                        q[b, i, h] @ k[b, j, h] * (E // H) ** -0.5
+                        + f((positions[b, i] - positions[b, j]).norm(), types[b, i], types[b, j])[
+                            h
+                        ]
+                        for j in real
+                    ]
+                )
                 mixed = torch.softmax(scores, 0) @ v[b, real, h]
                 out[b, i, h * (E // H) : (h + 1) * (E // H)] = mixed
     return layer.out_proj(out).masked_fill(~mask[..., None], 0)
@@ -546,6 +548,30 @@ def test_table_is_discarded(discard, nested):
     assert layer.radial.calls == 2
 
 
+def test_assigned_state_dict_discards_the_table():
+    layer = counted_eval()
+    args = inputs()
+
+    def assign():  # new tensors, as little changed as those that they replace
+        state = {name: torch.randn_like(p) for name, p in layer.state_dict().items()}
+        layer.load_state_dict(state, assign=True)
+
+    with torch.no_grad():
+        assign()
+        layer(*args)
+        assign()
+        layer(*args)
+    assert layer.radial.calls == 2
+
+
+def test_pickle_carries_no_table():
+    layer = make(num_knots=1024).eval()
+    before = len(pickle.dumps(layer))
+    with torch.no_grad():
+        layer(*inputs())
+    assert len(pickle.dumps(layer)) < before + 1000  # the table has 1024 * 2 * 3 * 8 bytes
+
+
 def test_refresh_discards_the_table():
     layer = counted_eval()
     args = inputs()
@@ -625,7 +651,7 @@ def test_changed_parameters_never_meet_an_old_table(write, nested):
             after = module(*args, atom_types=types)[0]
             fresh = copy.deepcopy(layer).train()
             assert torch.equal(after, fresh(*args, atom_types=types)[0])
-        assert difference(after, before) > 1e-4
+        assert difference(after, before) > 1e-6
 
 
 AVERAGES = {
@@ -714,7 +740,7 @@ def test_compiles_into_one_graph_in_training(compiled):
         out = module(x, positions, mask, atom_types=types)[0]
         results.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
     for a, b in zip(*results, strict=True):
-        assert difference(a, b) < 10 * BUDGET * max(1, float(b.abs().max()))
+        assert difference(a, b) < 10 * BUDGET * max(1, float(b.detach().abs().max()))
 
 
 def test_compiles_into_one_graph_in_eval_and_never_meets_an_old_table(compiled):
@@ -753,7 +779,7 @@ def test_autocast_runs_in_bfloat16_near_float32(score, normalizer):
     assert out.dtype == torch.bfloat16
     assert weights.dtype == torch.bfloat16
     # Input and results of three products are rounded to 2^-9 of their size.
-    assert difference(out, expected) < 12 * 2**-9 * max(1, float(expected.abs().max()))
+    assert difference(out, expected) < 12 * 2**-9 * max(1, float(expected.detach().abs().max()))
     out.float().sum().backward()
     for p in layer.parameters():
         assert p.grad.dtype == torch.float32
@@ -771,7 +797,7 @@ def test_module_of_another_dtype_is_near_float32(dtype, num_types):
     out = layer(x.to(dtype), positions, mask, atom_types=types)[0]
     assert out.dtype == dtype
     eps = max(torch.finfo(dtype).eps, EPS_32)
-    assert difference(out, expected) < 12 * eps * max(1, float(expected.abs().max()))
+    assert difference(out, expected) < 12 * eps * max(1, float(expected.detach().abs().max()))
     out.sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad.dtype == dtype, name

@@ -98,8 +98,8 @@ def train(
                     f"{output}: there is a run already; --resume goes on with it, "
                     "-o names another folder"
                 )
-        _make_folder(output)
         split = Split.load(settings)
+        _make_folder(output)
     outcome = _train(console, settings, split, output, max_minutes, resume=resume)
     _list_files(console, outcome.files)
 
@@ -175,8 +175,8 @@ def demo(
 
     with _bad_input():
         settings = Settings(epochs=epochs, seed=_DEMO_SEED, molecules=molecules)
-        _make_folder(output)
         split = Split.load(settings)
+        _make_folder(output)
     outcome = _train(console, settings, split, output, max_minutes)
     trained = load_checkpoint(output / BEST)
     files = _explain(console, trained, held_out(trained, 4), output, num_pairs=5)
@@ -214,6 +214,7 @@ def _train(
             f"the time was up after {outcome.epochs} of {settings.epochs} epochs "
             "(--max-minutes): the errors would still fall",
             highlight=False,
+            soft_wrap=True,
         )
     console.print(outcome.table())
     return outcome

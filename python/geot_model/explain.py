@@ -30,7 +30,7 @@ from .model import GeoT
 from .molecule import Molecule
 from .qm9 import load_qm9
 
-FORMULA = "W_ij = mean over layers and heads of |P_ij| / Σ_k |P_ik|"
+FORMULA = "W_ij = mean over layers and heads of |P_ij|/Σ_k|P_ik|"
 PREDICTIONS = "predictions.csv"
 
 _LONGEST_NAME = 60  # of a file

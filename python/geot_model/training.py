@@ -85,7 +85,7 @@ class Settings:
     num_heads: int = 4
     num_layers: int = 4
     attention_scale: bool = True
-    num_gaussians: int = 64
+    num_gaussians: int = 128
     filter_hidden: int = 64
     r_max: float = 13.0
     num_knots: int = 256
@@ -433,8 +433,8 @@ class Outcome:
         """Make the table of errors."""
         train, _, test = self.counts
         table = Table(
-            title=f"Mean absolute error on {test:,} molecules never seen in training",
-            caption=f"All fitted to {train:,} molecules; the linear model to element counts.",
+            title=f"Mean absolute error on {test:,} molecules never seen",
+            caption=f"fitted to {train:,} molecules; linear model: on element counts",
         )
         for column in ("target", "unit"):
             table.add_column(column)

@@ -1,6 +1,6 @@
 """The radial function at a block's pairs: derivatives, tangents and adjoints.
 
-A `Table` and `Gaussians` both give `f`, `f'`, `f''` at `z`, the tangent `ḟ` along their parameters'
+`Table` and `Gaussians` both give `f`, `f'`, `f''` at `z`, the tangent `ḟ` along their parameters'
 dotted direction with its derivative in `z`, and the adjoint: of the weight `g` on `f(z)` and of
 the weight `g̃` on the tangent `f̃ = f'(z) ż + ḟ(z)`.
 """

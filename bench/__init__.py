@@ -1,0 +1,1 @@
+"""Measurements, each one a command: `python -m bench.calls`."""
