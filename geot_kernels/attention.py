@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import NAMES
+from .backends import NAMES, choose
 from .checks import check_metadata, check_values, make_inputs
 from .radial import GaussianSum
-from .table import RadialTable
+from .table import RadialTable, autocast_off
 
 
 def geo_attention(
@@ -91,10 +91,11 @@ def geo_attention(
         atom_types=atom_types,
         score=score,
         normalizer=normalizer,
+        scale=scale,
         attention_scale=attention_scale,
     )
     if not isinstance(radial, (RadialTable, GaussianSum)) or backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q.device.type):
             return reference.geo_attention(
                 q,
                 k,
@@ -178,12 +179,13 @@ def attention_weights(
         atom_types=atom_types,
         score=score,
         normalizer=normalizer,
+        scale=scale,
         attention_scale=attention_scale,
     )
     if ptr is not None and max_atoms is None:
         max_atoms = int(ptr.diff().max()) if len(ptr) > 1 else 0
     if not isinstance(radial, (RadialTable, GaussianSum)) or backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q.device.type):
             return reference.attention_weights(
                 q,
                 k,
@@ -266,16 +268,18 @@ def check_inputs(
         atom_types=atom_types,
         score=score,
         normalizer=normalizer,
+        scale=scale,
         attention_scale=attention_scale,
     )
     if not isinstance(radial, (RadialTable, GaussianSum)):
         empty = q.new_zeros(1, 2, 2, 0)
         radial = RadialTable(empty, 0.0, 1.0)
-    check_values(
-        make_inputs(
-            q, k, v, positions, radial, mask, ptr, max_atoms, atom_types, score, normalizer, scale
-        )
+    inputs = make_inputs(
+        q, k, v, positions, radial, mask, ptr, max_atoms, atom_types, score, normalizer, scale
     )
+    check_values(inputs)
+    if backend is not None and backend != "reference":
+        choose(backend, inputs)
 
 
 def _check_backend(backend: str | None, radial: object) -> None:

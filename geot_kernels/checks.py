@@ -6,7 +6,7 @@ launches survive it. `check_values` reads values and waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ def check_metadata(
     atom_types: Tensor | None,
     score: str,
     normalizer: str,
+    scale: float | None,
     attention_scale: Tensor | None,
 ) -> None:
     """Checks shapes, dtypes, devices and combinations of the arguments of `geo_attention`.
@@ -43,18 +44,16 @@ def check_metadata(
         ValueError: A shape, a device, a name or a combination is wrong.
     """
     layout = "[B, N, H, D]" if ptr is None else "[T, H, D]"
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q: expected a tensor {layout}, got {type(q).__name__}")
+    _expect_tensor("q", q, layout)
     if q.ndim != (4 if ptr is None else 3):
         raise ValueError(f"q: expected {layout}, got {list(q.shape)}")
     if q.dtype not in _FLOATS:
         raise TypeError(f"q: expected float32, float64, bfloat16 or float16, got {q.dtype}")
-    sizes = dict(zip(layout[1:-1].split(", "), q.shape, strict=True))
+    sizes = list(zip(layout[1:-1].split(", "), q.shape, strict=True))
     _expect("k", k, sizes, q.device, q.dtype)
     _expect("v", v, sizes, q.device, q.dtype)
-    *rows, heads, channels = sizes
-    atoms = {name: sizes[name] for name in rows}
-    _expect("positions", positions, atoms | {"": 3}, q.device)
+    *atoms, (_, heads), (_, channels) = sizes
+    _expect("positions", positions, [*atoms, ("", 3)], q.device)
     if positions.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"positions: expected float32 or float64 (16 bits cannot hold a geometry), "
@@ -75,27 +74,29 @@ def check_metadata(
         _expect("atom_types", atom_types, atoms, q.device)
         if atom_types.dtype not in _INTS:
             raise TypeError(f"atom_types: expected integers, got {atom_types.dtype}")
-    expected = sizes[heads] if score == "bias" else sizes[heads] * sizes[channels]
+    expected = heads if score == "bias" else heads * channels
     meaning = f"C={expected} channels ({'H' if score == 'bias' else 'H*D'}) for score {score!r}"
     if isinstance(radial, RadialTable):
         _check_table(radial, expected, meaning, atom_types, q.device)
     elif isinstance(radial, GaussianSum):
         _check_gaussians(radial, expected, meaning, score, q.device)
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     if attention_scale is not None:
-        _check_attention_scale(attention_scale, sizes[heads], q.device)
+        _check_attention_scale(attention_scale, heads, q.device)
 
 
 def _expect(
     name: str,
     x: Any,
-    sizes: dict[str, int],
+    sizes: Sequence[tuple[str, int]],
     device: torch.device,
     dtype: torch.dtype | None = None,
     meaning: str = "",
 ) -> None:
-    """Checks one tensor; `sizes` are its named sizes, in order."""
+    """Checks one tensor; `sizes` are its sizes with their names."""
     if isinstance(x, Tensor) and (dtype is None or x.dtype == dtype):
-        if tuple(x.shape) != tuple(sizes.values()):
+        if tuple(x.shape) != tuple(size for _, size in sizes):
             raise ValueError(f"{name}: expected {_written(sizes)}, got {list(x.shape)}")
         if x.device != device:
             raise ValueError(f"{name}: expected on {device} like q, got on {x.device}")
@@ -106,8 +107,13 @@ def _expect(
     raise TypeError(f"{name}: expected {kind} {shape}, got {got}")
 
 
-def _written(sizes: dict[str, int]) -> str:
-    parts = [f"{name}={size}" if name else str(size) for name, size in sizes.items()]
+def _expect_tensor(name: str, x: Any, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
+
+
+def _written(sizes: Sequence[tuple[str, int]]) -> str:
+    parts = [f"{name}={size}" if name else str(size) for name, size in sizes]
     return f"[{', '.join(parts)}]"
 
 
@@ -122,14 +128,17 @@ def _check_packed(ptr: Any, max_atoms: Any, mask: Any, device: torch.device) -> 
         raise ValueError(f"ptr: expected on {device} like q, got on {ptr.device}")
     if mask is not None:
         raise ValueError("mask: expected None with ptr (packed rows are all real), got a mask")
-    if max_atoms is not None and (isinstance(max_atoms, (bool, float, Tensor)) or max_atoms < 0):
+    if max_atoms is None:
+        return
+    if not isinstance(max_atoms, (int, torch.SymInt)) or max_atoms < 0:
         raise ValueError(f"max_atoms: expected an int >= 0, got {max_atoms!r}")
 
 
 def _check_table(
     table: RadialTable, channels: int, meaning: str, atom_types: Any, device: torch.device
 ) -> None:
-    knots = table.knots
+    knots, index = table.knots, table.pair_index
+    _expect_tensor("radial.knots", knots, "[P, G+1, 2, C]")
     if knots.ndim != 4 or knots.shape[2] != 2 or knots.shape[1] < 2:
         raise ValueError(f"radial.knots: expected [P, G+1, 2, C], got {list(knots.shape)}")
     if knots.shape[3] != channels:
@@ -143,23 +152,25 @@ def _check_table(
     if not table.r_max > table.r_min:
         raise ValueError(f"radial.r_min: expected < r_max={table.r_max}, got {table.r_min}")
     pairs = 1
-    if table.pair_index is not None:
-        types = table.pair_index.shape[0]
+    if index is not None:
+        _expect_tensor("radial.pair_index", index, "[T, T]")
+        if index.ndim != 2:
+            raise ValueError(f"radial.pair_index: expected [T, T], got {list(index.shape)}")
+        types = index.shape[0]
         pairs = types * (types + 1) // 2
-        _expect("radial.pair_index", table.pair_index, {"T": types, "T ": types}, device)
-        if table.pair_index.dtype not in (torch.int64, torch.int32):
-            raise TypeError(
-                f"radial.pair_index: expected int64 or int32, got {table.pair_index.dtype}"
-            )
+        _expect("radial.pair_index", index, [("T", types), ("T", types)], device)
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"radial.pair_index: expected int64 or int32, got {index.dtype}")
         if atom_types is None:
             raise ValueError(
                 "atom_types: expected integers for each atom, since radial has a pair_index, "
                 "got None"
             )
     if knots.shape[0] not in (1, pairs):
-        raise ValueError(f"radial.knots: expected P=1 or {pairs}, got {knots.shape[0]}")
+        expected = "P=1 without a pair_index" if index is None else f"P=1 or P={pairs}"
+        raise ValueError(f"radial.knots: expected {expected}, got P={knots.shape[0]}")
     if table.affine is not None:
-        _expect("radial.affine", table.affine, {"P": pairs, "": 2}, device)
+        _expect("radial.affine", table.affine, [("P", pairs), ("", 2)], device)
 
 
 def _check_gaussians(
@@ -170,14 +181,16 @@ def _check_gaussians(
             f"radial: expected a RadialTable for score {score!r}, got a GaussianSum, which is for "
             "score 'bias': tabulate(gaussians) makes one"
         )
+    _expect_tensor("radial.centers", radial.centers, "[K]")
+    _expect_tensor("radial.weights", radial.weights, "[C, K]")
     if radial.centers.ndim != 1:
         raise ValueError(f"radial.centers: expected [K], got {list(radial.centers.shape)}")
     count = radial.centers.shape[0]
-    _expect("radial.centers", radial.centers, {"K": count}, device)
-    _expect("radial.gammas", radial.gammas, {"K": count}, device)
+    _expect("radial.centers", radial.centers, [("K", count)], device)
+    _expect("radial.gammas", radial.gammas, [("K", count)], device)
     if radial.weights.ndim != 2 or radial.weights.shape[0] != channels:
         raise ValueError(f"radial: expected {meaning}, got weights {list(radial.weights.shape)}")
-    _expect("radial.weights", radial.weights, {"C": channels, "K": count}, device)
+    _expect("radial.weights", radial.weights, [("C", channels), ("K", count)], device)
 
 
 def _check_attention_scale(s: Any, heads: int, device: torch.device) -> None:
@@ -266,16 +279,18 @@ def check_values(inputs: Inputs) -> None:
         pairs = max(len(inputs.radial), 1 if inputs.affine is None else len(inputs.affine))
         index = inputs.pair_index
         if not bool(((index >= 0) & (index < pairs)).all()) or not bool((index == index.T).all()):
-            raise ValueError(f"radial.pair_index: expected symmetric, 0..{pairs - 1}")
+            raise ValueError(
+                f"radial.pair_index: expected symmetric, 0..{pairs - 1}, got {index.tolist()}"
+            )
 
 
 def _check_ptr(ptr: Tensor, rows: int, max_atoms: int) -> None:
     steps = ptr.diff()
     if int(ptr[0]) != 0 or int(ptr[-1]) != rows or bool((steps < 0).any()):
-        raise ValueError(
-            f"ptr: expected to rise from 0 to T={rows}, got {ptr[:8].tolist()}"
-            f"{'...' if len(ptr) > 8 else ''}"
-        )
+        falls = (steps < 0).nonzero().flatten().tolist()
+        where = f", falling to {int(ptr[falls[0] + 1])} at {falls[0] + 1}" if falls else ""
+        got = ptr.tolist() if len(ptr) <= 8 else f"{int(ptr[0])}, ..., {int(ptr[-1])}"
+        raise ValueError(f"ptr: expected to rise from 0 to T={rows}, got {got}{where}")
     largest = int(steps.max()) if len(steps) else 0
     if 0 <= max_atoms < largest:
         raise ValueError(f"max_atoms: expected at least {largest}, the largest, got {max_atoms}")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attention_weights, geo_attention
+from .backends import NAMES
 from .radial import GaussianBasis, GaussianSum, RadialMLP
-from .table import RadialTable, radial_coordinate, tabulate
+from .table import MIN_KNOTS, RadialTable, radial_coordinate, tabulate
 
 _BASIS = 64  # Gaussians of the default radial network, and its hidden width
 
@@ -26,9 +27,10 @@ class FusedGeoAttention(nn.Module):
     stands in them (NaN too) reaches neither the result nor a gradient.
 
     The radial function is tabulated once a call, so its cost depends on neither its depth nor the
-    number of atoms. In `eval()` with gradients off the table is kept; `train()`, `eval()`,
-    `load_state_dict()`, `.to()` and in-place changes that PyTorch counts discard it. After writing
-    through `parameter.data` call `refresh()`.
+    number of atoms. In `eval()` with gradients off the table is kept (not under `torch.compile`,
+    which builds it in each call). `train()`, `eval()`, `load_state_dict()`, `.to()`, other
+    parameters and in-place changes that PyTorch counts discard it. After writing through
+    `parameter.data`, or changing what a plain function depends on, call `refresh()`.
 
     Attributes:
         radial: The radial network, distances `[M]` to `[M, C]`.
@@ -96,6 +98,15 @@ class FusedGeoAttention(nn.Module):
             raise ValueError(f"score: expected 'bias' or 'filter', got {score!r}")
         if normalizer not in ("softmax", "linear"):
             raise ValueError(f"normalizer: expected 'softmax' or 'linear', got {normalizer!r}")
+        if backend is not None and backend not in NAMES:
+            names = ", ".join(map(repr, NAMES))
+            raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
+        if num_types is not None and num_types < 1:
+            raise ValueError(f"num_types: expected at least 1, got {num_types}")
+        if num_knots is not None and num_knots < MIN_KNOTS:
+            raise ValueError(f"num_knots: expected at least {MIN_KNOTS}, got {num_knots}")
+        if radial is not None and not callable(radial):
+            raise TypeError(f"radial: expected a function, got {type(radial).__name__}")
         if dropout != 0:
             raise ValueError(f"dropout: expected 0, others are not implemented, got {dropout}")
         if not r_max > 0:
@@ -129,7 +140,7 @@ class FusedGeoAttention(nn.Module):
         scale = nn.Parameter(torch.zeros((), **factory)) if attention_scale else None
         self.register_parameter("attention_scale", scale)
         self._table: RadialTable | None = None
-        self._table_versions: tuple[int, ...] = ()
+        self._table_of: list[Any] = []
 
     @classmethod
     def from_mha(cls, mha: nn.MultiheadAttention, **kwargs: Any) -> FusedGeoAttention:
@@ -216,7 +227,7 @@ class FusedGeoAttention(nn.Module):
             "mask": mask,
             "ptr": ptr,
             "max_atoms": max_atoms,
-            "atom_types": atom_types,
+            "atom_types": None if self.num_types is None else atom_types,
             "score": self.score,
             "normalizer": self.normalizer,
             "attention_scale": self.attention_scale,
@@ -240,50 +251,59 @@ class FusedGeoAttention(nn.Module):
             raise ValueError(f"x: expected {layout}={self.embed_dim}], got {list(x.shape)}")
         if mask is None:
             return
+        if ptr is not None:
+            raise ValueError("mask: expected None with ptr (packed rows are all real), got a mask")
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: expected bool [B, N], True = real atom, got {got}")
         if mask.shape != x.shape[:-1]:
             expected = ", ".join(f"{n}={s}" for n, s in zip("BN", x.shape, strict=False))
             raise ValueError(f"mask: expected [{expected}], got {list(mask.shape)}")
+        if mask.device != x.device:
+            raise ValueError(f"mask: expected on {x.device} like x, got on {mask.device}")
 
     def _radial(self) -> RadialTable | Callable[..., Tensor]:
         """The radial function in the form that `geo_attention` takes: the table, mostly."""
         if self.num_knots is None:
-            return self._exact if self.num_types is not None else self.radial
-        if self.training or torch.is_grad_enabled():
+            return self._exact
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._tabulate(self.num_knots)
-        if torch.compiler.is_compiling():
-            return self._table or self._tabulate(self.num_knots)
-        versions = self._versions()
-        if self._table is None or versions != self._table_versions:
-            self._table, self._table_versions = self._tabulate(self.num_knots), versions
-        return self._table
+        owned = [*self.parameters(), *self.buffers()]
+        made_of = [self.radial, self.r_max, self.num_knots, *owned, *map(_state, owned)]
+        if self._table is not None and _same(made_of, self._table_of):
+            return self._table
+        table = self._tabulate(self.num_knots)
+        if type(table.knots) is Tensor:  # not the shadow of one that a tracer makes
+            self._table, self._table_of = table, made_of
+        return table
+
+    def _function(self) -> Callable[..., Tensor]:
+        return self.radial() if isinstance(self.radial, _GaussianSumParameters) else self.radial
 
     def _tabulate(self, num_knots: int) -> RadialTable:
-        fn = self.radial() if isinstance(self.radial, _GaussianSumParameters) else self.radial
-        device = self.in_proj.weight.device
         return tabulate(
-            fn, self.r_max, num_knots, num_types=self.num_types, affine=self.affine, device=device
+            self._function(),
+            self.r_max,
+            num_knots,
+            num_types=self.num_types,
+            affine=self.affine,
+            device=self.in_proj.weight.device,
         )
 
-    def _exact(self, dist: Tensor, types_i: Tensor, types_j: Tensor) -> Tensor:
+    def _exact(self, dist: Tensor, *types: Tensor) -> Tensor:
         """Evaluates the radial network itself at distances `[M]` of atoms of some types."""
+        fn = self._function()
         if self._takes_types:
-            return self.radial(dist, types_i, types_j)
-        first, second = torch.minimum(types_i, types_j), torch.maximum(types_i, types_j)
-        assert self.num_types is not None
+            return fn(dist, *types)
+        if self.num_types is None or self.affine is None:
+            return fn(dist)
+        first, second = torch.minimum(*types), torch.maximum(*types)
         pair = first * self.num_types - first * (first - 1) // 2 + second - first
-        return self.radial(radial_coordinate(dist, self.affine, pair)[0])
+        return fn(radial_coordinate(dist, self.affine, pair)[0])
 
     def refresh(self) -> None:
         """Discards the table kept in `eval()`, after parameters were written through `.data`."""
         self._table = None
-
-    def _versions(self) -> tuple[int, ...]:
-        """Counts of in-place changes of what the table is made of (none in inference mode)."""
-        owned = [*self.parameters(), *self.buffers()]
-        return tuple(0 if x.is_inference() else x._version for x in owned)
 
     def train(self, mode: bool = True) -> FusedGeoAttention:
         """Sets the mode and discards the table kept in `eval()`."""
@@ -300,7 +320,7 @@ class FusedGeoAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: not the table."""
-        return self.__dict__ | {"_table": None}
+        return self.__dict__ | {"_table": None, "_table_of": []}
 
     def extra_repr(self) -> str:
         """The settings that the submodules do not show."""
@@ -308,6 +328,17 @@ class FusedGeoAttention(nn.Module):
             f"num_heads={self.num_heads}, score={self.score!r}, normalizer={self.normalizer!r}, "
             f"r_max={self.r_max} Å, num_knots={self.num_knots}, num_types={self.num_types}"
         )
+
+
+def _state(x: Tensor) -> tuple[int, int]:
+    """Where the numbers of a tensor are, and how often PyTorch saw them change in place."""
+    return x.data_ptr(), 0 if x.is_inference() else x._version
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(
+        x is y if isinstance(x, (Tensor, nn.Module)) else x == y for x, y in zip(a, b, strict=True)
+    )
 
 
 class _GaussianSumParameters(nn.Module):

@@ -33,7 +33,7 @@ from .backends import choose
 from .backends.inputs import Inputs, Tangent
 from .checks import check_values
 from .radial import GaussianSum
-from .table import RadialTable
+from .table import RadialTable, autocast_off
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor positions, Tensor radial, Tensor? affine"
 _CONSTANTS = (
@@ -69,7 +69,7 @@ def _run(launcher: str, backend: str, inputs: Inputs, *rest: Any) -> Any:
     launch = getattr(choose(backend, inputs), launcher)
     device = inputs.q.device.type
     if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+        with autocast_off(device):
             return launch(inputs, *rest)
     return launch(inputs, *rest)
 
@@ -245,7 +245,7 @@ def _attention_weights_autograd(*args: Any) -> Any:
         fn = GaussianSum(radial[0], radial[1], radial[2:])
     else:
         fn = RadialTable(radial, r_min, r_max, pair_index, affine)
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q.device.type):
         return reference.attention_weights(
             q,
             k,

@@ -107,7 +107,13 @@ def _weights(
         f = radial(dist, *types) if radial.pair_index is not None else radial(dist)
     else:
         flat = [x.reshape(-1) for x in (dist, *types)]
-        f = radial(*flat).view(*dist.shape, -1).to(dtype)
+        channels = q.shape[2] if score == "bias" else q.shape[2] * q.shape[3]
+        f = radial(*flat)
+        if f.shape != (dist.numel(), channels):
+            raise ValueError(
+                f"radial: expected [M, C={channels}] for score {score!r}, got {list(f.shape)}"
+            )
+        f = f.view(*dist.shape, channels).to(dtype)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     weights, _ = normalize(scores(q, k, f, score, scale), mask, normalizer)

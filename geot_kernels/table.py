@@ -10,6 +10,7 @@ Gradients flow back through the knots into the network.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ RadialFunction = Callable[..., Tensor]
 _ROOT = math.sqrt(3.0) - 2.0  # ρ, the decaying root of ρ² + 4ρ + 1 = 0
 _BLOCK = {torch.float32: 16, torch.float64: 32}  # taps on each side: |ρ|^16 = 7e-10, 5e-19
 _END_SLOPE = (-25 / 12, 48 / 12, -36 / 12, 16 / 12, -3 / 12)  # of y_0..y_4, fourth order
+MIN_KNOTS = len(_END_SLOPE)
 _FLOAT32_KNOTS = 1024  # beyond, rounding in float32 spoils f''
 
 
@@ -147,7 +149,11 @@ def interpolate(
     num_knots = knots.shape[1]
     g, t = locate(z, r_min, r_max, num_knots - 1)
     rows = knots.flatten(0, 2)[knot_rows(g, pair, num_knots)]  # [..., 4, C]
-    return (hermite(t).unsqueeze(-2) @ rows).squeeze(-2)
+    y0, s0, y1, s1 = rows.unbind(-2)
+    # The weights of y_g and y_{g+1} sum to 1. Written so, no derivative is a difference of large
+    # numbers, which would cost float32 a digit.
+    _, ramp, rise, end = hermite(t).unsqueeze(-1).unbind(-2)
+    return y0 + ramp * s0 + rise * (y1 - y0) + end * s1
 
 
 def spline_slopes(values: Tensor) -> Tensor:
@@ -267,7 +273,7 @@ def tabulate(
         types = torch.triu_indices(num_types, num_types, device=device)
         types_i, types_j = types.repeat_interleave(num_knots, dim=1).unbind(0)
         arguments = (knots.repeat(pairs), types_i, types_j)
-    with torch.autocast(device.type, enabled=False):
+    with autocast_off(device.type):
         values = _evaluate(fn, arguments)  # [tables * num_knots, C]
         values = values.view(tables, num_knots, -1).transpose(0, 1).reshape(num_knots, -1)
         slopes = spline_slopes(values)
@@ -278,6 +284,13 @@ def tabulate(
     return RadialTable(both, float(r_min), float(r_max), pair_index, affine)
 
 
+def autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast, also for devices that have none."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _check_range(r_min: float, r_max: float, num_knots: int) -> None:
     if not r_max > 0:
         raise ValueError(f"r_max: expected a number > 0, got {r_max}")
@@ -285,8 +298,8 @@ def _check_range(r_min: float, r_max: float, num_knots: int) -> None:
         raise ValueError(f"r_min: expected a number < r_max={r_max}, got {r_min}")
     if not (math.isfinite(r_max) and math.isfinite(r_min)):
         raise ValueError(f"r_min, r_max: expected finite numbers, got {r_min}, {r_max}")
-    if num_knots < len(_END_SLOPE):
-        raise ValueError(f"num_knots: expected at least {len(_END_SLOPE)}, got {num_knots}")
+    if num_knots < MIN_KNOTS:
+        raise ValueError(f"num_knots: expected at least {MIN_KNOTS}, got {num_knots}")
 
 
 def _pair_index(num_types: int, device: torch.device) -> Tensor:
@@ -406,8 +419,9 @@ def table_error(fn: RadialFunction, table: RadialTable, tolerance: float = 1e-4)
     inner = max(intervals - _END_INTERVALS, 1)
     errors, largest = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     end_slope = 0.0
+    typed = table.pair_index is not None and table.affine is None
     for pair in range(table.knots.shape[0]):
-        types = () if table.knots.shape[0] == 1 else _types_of(pair, table)
+        types = _types_of(pair, table) if typed else ()
         knots = table.knots[pair : pair + 1].detach().double()
         tabulated = RadialTable(knots, table.r_min, table.r_max)
         for start in range(0, inner, _SLICE):
@@ -459,7 +473,7 @@ def _derivatives(
 
     def derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def df(z: Tensor) -> Tensor:
-            values = f(z)
+            values = f(z) + 0 * z.unsqueeze(-1)  # a constant function has a derivative too
             w = torch.ones_like(values, requires_grad=True)
             (slope,) = torch.autograd.grad(values, z, w, create_graph=True)
             return torch.autograd.grad(slope.sum(), w, create_graph=True)[0]
@@ -472,6 +486,6 @@ def _derivatives(
         return _evaluate(fn, (z, *ids))
 
     slope = derivative(value)
-    with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.enable_grad(), autocast_off(z.device.type):
         z = z.detach().requires_grad_()
         return value(z).detach(), slope(z).detach(), derivative(slope)(z).detach()

@@ -346,7 +346,7 @@ WRONG_RADIAL = {
     ),
     "pairs without pair_index": (
         ValueError,
-        r"radial\.knots: expected P=1( without a pair_index)?, got 6",
+        r"radial\.knots: expected P=1( without a pair_index)?, got P=6",
         table(knots=knots(pairs=6)),
     ),
     "affine shape": (
@@ -450,7 +450,7 @@ WRONG_TYPES = {
     ),
     "pairs": (
         ValueError,
-        r"radial\.knots: expected P=1 or 6, got 5",
+        r"radial\.knots: expected P=1 or P=6, got P=5",
         {"knots": knots(pairs=5)},
         {},
     ),
@@ -610,7 +610,7 @@ def test_wrong_result_of_a_callable_is_told():
             function,
             padded(),
             ValueError,
-            r"radial: expected C=2 channels \(H\) for score 'bias', got 3",
+            r"radial: expected \[M, C=2\] for score 'bias', got \[\d+, 3\]",
             **radial,
         )
 
@@ -689,7 +689,7 @@ def test_pair_index_must_be_symmetric_and_in_range(index):
 )
 def test_ptr_must_rise_from_zero_to_the_number_of_rows(ptr):
     got = re.escape(str(list(ptr)))
-    message = rf"ptr: expected to rise from 0 to T=100, got {got}"
+    message = rf"ptr: expected to rise from 0 to T=100, got {got}(, falling to 20 at 2)?"
     refused(check_inputs, packed(), ValueError, message, ptr=torch.tensor(ptr))
 
 

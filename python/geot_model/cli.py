@@ -204,7 +204,7 @@ def _train(
         )
     except KeyboardInterrupt:
         _complain(
-            f"interrupted; after the last whole epoch goes on: geot train --resume -o {folder}"
+            f"interrupted; to go on after the last whole epoch: geot train --resume -o {folder}"
             if (folder / training.LAST).exists()
             else "interrupted in the first epoch: nothing to go on from"
         )

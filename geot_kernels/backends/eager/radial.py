@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from ...radial import gaussians
 from ...table import hermite, hermite_curvature, hermite_slope, knot_rows, locate
 
 
@@ -27,35 +28,39 @@ class Table:
         dot: Tensor | None,
     ) -> None:
         intervals = knots.shape[1] - 1
-        self._knots = knots.flatten(0, 2)  # [P * (G+1) * 2, C]
-        self._dot = None if dot is None else dot.flatten(0, 2)
+        self._steps = _differences(knots)
+        self._steps_dot = None if dot is None else _differences(dot)
         g, self._t = locate(z, r_min, r_max, intervals)
-        self._rows = knot_rows(g, pair, intervals + 1)  # [..., 4]
+        self._knot_rows = knot_rows(g, pair, intervals + 1)  # [..., 4]
+        interval = g if pair is None else pair * intervals + g
+        self._step_rows = 4 * interval.unsqueeze(-1) + torch.arange(4, device=z.device)
         steps = intervals / (r_max - r_min)  # 1 / h
         inside = (z >= r_min) & (z <= r_max)
         self._per_h = inside.to(z.dtype).unsqueeze(-1) * steps  # constant beyond
 
     def value(self) -> Tensor:
         """`f [..., C]`."""
-        return self._combine(self._knots, hermite(self._t))
+        return self._combine(self._steps, hermite(self._t), 1)
 
     def slope(self) -> Tensor:
         """`f' [..., C]`."""
-        return self._combine(self._knots, hermite_slope(self._t) * self._per_h)
+        return self._combine(self._steps, hermite_slope(self._t) * self._per_h, 0)
 
     def curvature(self) -> Tensor:
         """`f'' [..., C]`."""
-        return self._combine(self._knots, hermite_curvature(self._t) * self._per_h**2)
+        return self._combine(self._steps, hermite_curvature(self._t) * self._per_h**2, 0)
 
     def tangent(self) -> Tensor | None:
         """`ḟ [..., C]`, or None where the parameters have no tangent."""
-        return None if self._dot is None else self._combine(self._dot, hermite(self._t))
+        if self._steps_dot is None:
+            return None
+        return self._combine(self._steps_dot, hermite(self._t), 1)
 
     def tangent_slope(self) -> Tensor | None:
         """`ḟ' [..., C]`, or None."""
-        if self._dot is None:
+        if self._steps_dot is None:
             return None
-        return self._combine(self._dot, hermite_slope(self._t) * self._per_h)
+        return self._combine(self._steps_dot, hermite_slope(self._t) * self._per_h, 0)
 
     def add_adjoint(
         self, grad: Tensor, g: Tensor, g_dot: Tensor | None, z_dot: Tensor | None
@@ -66,15 +71,27 @@ class Table:
             weights = hermite_slope(self._t) * self._per_h * z_dot.unsqueeze(-1)
             self._scatter(grad, weights, g_dot)
 
-    def _combine(self, knots: Tensor, weights: Tensor) -> Tensor:
-        rows = embedding_bag(
-            self._rows.view(-1, 4), knots, per_sample_weights=weights.view(-1, 4), mode="sum"
+    def _combine(self, steps: Tensor, weights: Tensor, first: int) -> Tensor:
+        """Sums four rows; `first` is what the weights of `y_g` and `y_{g+1}` add up to."""
+        weights[..., 0] = first
+        summed = embedding_bag(
+            self._step_rows.view(-1, 4), steps, per_sample_weights=weights.view(-1, 4), mode="sum"
         )
-        return rows.view(*self._t.shape, -1)
+        return summed.view(*self._t.shape, -1)
 
     def _scatter(self, grad: Tensor, weights: Tensor, g: Tensor) -> None:
         terms = (weights.unsqueeze(-1) * g.unsqueeze(-2)).flatten(0, -2)  # [pairs * 4, C]
-        grad.flatten(0, 2).index_add_(0, self._rows.flatten(), terms)
+        grad.flatten(0, 2).index_add_(0, self._knot_rows.flatten(), terms)
+
+
+def _differences(knots: Tensor) -> Tensor:
+    """Rows `(y_g, s_g, y_{g+1} - y_g, s_{g+1})` of each interval: `[P * G * 4, C]`.
+
+    Differences of neighbours lose nothing; those of their weighted sums cost float32 a digit.
+    """
+    here, there = knots[:, :-1], knots[:, 1:]  # [P, G, 2, C]
+    rows = (here[:, :, 0], here[:, :, 1], there[:, :, 0] - here[:, :, 0], there[:, :, 1])
+    return torch.stack(rows, 2).flatten(0, 2)
 
 
 class Gaussians:
@@ -84,7 +101,7 @@ class Gaussians:
         center, self._gamma, self._w = gaussians[0], gaussians[1], gaussians[2:]
         self._dot = dot
         self._e = z.unsqueeze(-1) - center  # [..., K]
-        self._phi = (-self._gamma * self._e.square()).exp()
+        self._phi = gaussians(z, center, self._gamma)
 
     # Derivatives of φ by z (so minus those by μ) and γ, [..., K] each.
     def _phi_z(self) -> Tensor:
