@@ -23,6 +23,7 @@ from torch import Tensor
 
 import geot_kernels as gk
 from geot_kernels import ops
+from geot_kernels.backends.inputs import Inputs
 
 CALLS, ROUNDS = 200, 25
 
@@ -81,6 +82,8 @@ def call_functions() -> dict[str, Callable[[], Any]]:
     x, knots = torch.randn(2, 4, 3), torch.randn(1, 9, 2, 2)
     mask = torch.ones(2, 4, dtype=torch.bool)
     constants = (mask, None, None, None, -1, 0.0, 5.0, 0.5, "bias", "softmax", "trivial")
+    trivial, inputs = Trivial(), Inputs(q, k, v, x, knots, None, *constants[:-1])
+    needs = [True] * 5 + [False]
     leaves = [t.clone().requires_grad_() for t in (q, k, v, x, knots)]
     table, leaf_table = (gk.RadialTable(t, 0.0, 5.0) for t in (knots, leaves[4]))
 
@@ -103,6 +106,10 @@ def call_functions() -> dict[str, Callable[[], Any]]:
         ),
         "geo_attention, forward+backward": lambda: torch.autograd.grad(
             gk.geo_attention(*leaves[:4], leaf_table, mask=mask), leaves, q
+        ),
+        "the trivial kernels alone, forward+backward": lambda: (
+            trivial.attention(inputs),
+            trivial.attention_bwd(inputs, None, None, None, None, needs),
         ),
         "bare autograd.Function, forward+backward": lambda: torch.autograd.grad(
             Bare.apply(*leaves), leaves, q

@@ -42,7 +42,7 @@ _CONSTANTS = (
 )
 _PULLED = "Tensor? d_out, Tensor? d_row, Tensor out, Tensor row"
 _DOTTED = ", ".join(f"Tensor? {x}_dot" for x in ("q", "k", "v", "positions", "radial", "affine"))
-_NUM_INPUTS, _NUM_PULLED, _NUM_CONSTANTS = 6, 4, 11
+_NUM_INPUTS, _NUM_PULLED = 6, 4
 
 _library = torch.library.Library("geot", "DEF")
 _library.define(f"attention({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor)")
@@ -141,9 +141,9 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, constants = args
         with torch._C._AutoDispatchBelowAutograd():
-            out, row = _attention(*args)
-        inputs, constants = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
+            out, row = _attention(*inputs, *constants)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, row, *inputs)
         ctx.constants = constants
@@ -154,20 +154,19 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_row: Tensor | None) -> Any:
         if d_out is None and d_row is None:
-            return (None,) * (_NUM_INPUTS + _NUM_CONSTANTS)
+            return (None,) * (_NUM_INPUTS + 1)
         needs = ctx.needs_input_grad[:_NUM_INPUTS]
         out, row, *inputs = ctx.saved_tensors
         grads = _call(_attention_bwd, d_out, d_row, out, row, *inputs, needs, *ctx.constants)
-        return *_spread(grads, needs), *(None,) * _NUM_CONSTANTS
+        return *_spread(grads, needs), None
 
 
 class _AttentionBackward(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, (needs, *constants) = args
         with torch._C._AutoDispatchBelowAutograd():
-            grads = _attention_bwd(*args)
-        tensors = args[: _NUM_PULLED + _NUM_INPUTS]
-        needs, *constants = args[_NUM_PULLED + _NUM_INPUTS :]
+            grads = _attention_bwd(*tensors, needs, *constants)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.needs, ctx.constants = needs, constants
@@ -176,21 +175,21 @@ class _AttentionBackward(Function):
     @staticmethod
     def backward(ctx: Any, *dots: Tensor | None) -> Any:
         wanted = ctx.needs_input_grad[: _NUM_PULLED + _NUM_INPUTS]
-        nothing = (None,) * (1 + _NUM_CONSTANTS)
         if all(x is None for x in dots):
-            return (None,) * len(wanted) + nothing
+            return (None,) * (len(wanted) + 1)
         needs = (*wanted[:2], *wanted[_NUM_PULLED:])
         tangent = _spread(dots, ctx.needs)
         grads = _call(_attention_bwd_bwd, *tangent, *ctx.saved_tensors, needs, *ctx.constants)
         d_out, d_row, *rest = _spread(grads, needs)
-        return d_out, d_row, None, None, *rest, *nothing
+        return d_out, d_row, None, None, *rest, None
 
 
 class _AttentionSecondBackward(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, rest = args
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_attention_bwd_bwd(*args))
+            return tuple(_attention_bwd_bwd(*tensors, *rest))
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -224,7 +223,7 @@ def _autograd(
 
     def kernel(*args: Any) -> Any:
         if _differentiable(args[:num_tensors]):
-            return result(function.apply(*args))
+            return result(function.apply(*args[:num_tensors], args[num_tensors:]))
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

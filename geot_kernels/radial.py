@@ -538,8 +538,8 @@ class GaussianSum:
         Returns:
             `[..., C]`, in the dtype to which `dist`, `centers` and `gammas` promote.
         """
-        gaussians = gaussians(dist, self.centers, self.gammas)
-        return F.linear(gaussians, self.weights.to(gaussians.dtype))
+        phi = gaussians(dist, self.centers, self.gammas)
+        return F.linear(phi, self.weights.to(phi.dtype))
 
 
 torch.export.register_dataclass(GaussianSum, serialized_type_name="geot_kernels.GaussianSum")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from geot_model.qm9 import TARGETS, Molecules, load_qm9
 
 COUNT = 3000

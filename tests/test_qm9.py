@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from geot_model.qm9 import TARGETS, Molecules, load_qm9, pad_batch, random_split
 
 ROOT = Path(__file__).parents[1]

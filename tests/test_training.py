@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -188,9 +190,8 @@ def test_time_limit_stops_after_an_epoch_and_can_be_resumed(finished, tmp_path):
     assert resumed.errors == outcome.errors
 
 
-def test_best_epoch_is_kept(tmp_path):
+def test_best_epoch_is_kept_also_over_an_interruption(tmp_path, monkeypatch):
     settings = dataclasses.replace(TINY, epochs=6, learning_rate=0.05)  # it jumps about
-    run(settings, tmp_path)
     errors = []
     original = training._Keeper.on_train_epoch_end
 
@@ -198,16 +199,37 @@ def test_best_epoch_is_kept(tmp_path):
         errors.append(float(trainer.callback_metrics["validation"]))
         original(self, trainer, pl_module)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Keeper, "on_train_epoch_end", recording)
+    monkeypatch.setattr(training._Keeper, "on_train_epoch_end", recording)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 22)  # in the sixth epoch
         run(settings, tmp_path)
+    run(settings, tmp_path, resume=True)
+    assert len(errors) == 6
     best = load_checkpoint(tmp_path / "best.pt")
-    assert best.training["epoch"] == 1 + int(np.argmin(errors))
-    assert best.training["epoch"] < 6
+    assert best.training["epoch"] == 1 + int(np.argmin(errors)) < 6
     validation = Split.load(settings).validation
     truth = torch.from_numpy(training.target_matrix(validation, settings.targets))
     error = ((training.predict(best, validation) - truth).abs() / best.std).mean()
     assert error.item() == pytest.approx(min(errors), rel=1e-4)
+
+
+def test_learning_rate_rises_and_falls_to_nothing(finished):
+    module = training.TrainingModule(torch.nn.Linear(1, 1), TINY, steps=100)
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"] / TINY.learning_rate)
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(1 / 5)
+    assert np.argmax(rates) == 4
+    assert np.all(np.diff(rates[4:]) < 0)
+    assert rates[52] == pytest.approx(0.5, abs=0.04)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    # Lightning makes a step of it with each batch: 12 in that run.
+    state = torch.load(finished[0] / "last.ckpt", weights_only=True)
+    assert state["lr_schedulers"][0]["last_epoch"] == state["global_step"] == 12
 
 
 def test_it_learns(tmp_path):
@@ -264,12 +286,26 @@ def test_linear_model_is_exact_on_what_is_linear(finished):
         assert error.linear < 1e-9 < error.mean
 
 
-def test_lightning_says_nothing(tmp_path, capfd, recwarn):
-    run(dataclasses.replace(TINY, epochs=1), tmp_path)
-    run(dataclasses.replace(TINY, epochs=1), tmp_path)  # the folder is not empty now
-    out, err = capfd.readouterr()
-    assert out == err == ""
-    assert [str(warning.message) for warning in recwarn] == []
+def test_lightning_says_nothing_wherever_the_folder_goes(tmp_path):
+    # In a process of its own: pytest catches what Lightning logs.
+    code = """
+import shutil
+from test_training import TINY, run
+run(TINY, "first", max_minutes=0)
+shutil.copytree("first", "second")
+run(TINY, "second", resume=True)
+run(TINY, "second")
+"""
+    command = [sys.executable, "-W", "default", "-c", code]
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == done.stderr == ""
+    for folder in ("first", "second"):
+        files = {file.name for file in (tmp_path / folder).iterdir()}
+        assert files == {"best.pt", "last.ckpt", "results.csv"}
 
 
 @pytest.mark.parametrize(

@@ -570,7 +570,7 @@ def _fit(
 
 @contextlib.contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silences Lightning's notes on devices and on its other products, and two warnings."""
+    """Silences Lightning's notes on devices and on its other products, and warnings of no use."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -578,8 +578,9 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             # Lightning 2.6 calls what torch 2.13 deprecates.
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")
-            # To overwrite last.ckpt is what we want.
+            # To overwrite last.ckpt, and to go on in a folder that was moved, is what we want.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", "The dirpath has changed from")
             yield
     finally:
         logger.setLevel(level)

@@ -97,8 +97,8 @@ def _differences(knots: Tensor) -> Tensor:
 class Gaussians:
     """`f_c(z) = Σ_k w_ck φ_k`, `φ_k = exp(-γ_k (z - μ_k)²)`, from `[2 + C, K]` at `z [...]`."""
 
-    def __init__(self, gaussians: Tensor, z: Tensor, dot: Tensor | None) -> None:
-        center, self._gamma, self._w = gaussians[0], gaussians[1], gaussians[2:]
+    def __init__(self, parameters: Tensor, z: Tensor, dot: Tensor | None) -> None:
+        center, self._gamma, self._w = parameters[0], parameters[1], parameters[2:]
         self._dot = dot
         self._e = z.unsqueeze(-1) - center  # [..., K]
         self._phi = gaussians(z, center, self._gamma)
