@@ -54,7 +54,7 @@ def train(
         str, typer.Option(help="What to predict, separated by commas.")
     ] = "homo,lumo,gap",
     molecules: Annotated[
-        int | None, typer.Option(help="Draw so many molecules at random. [default: all]")
+        int | None, typer.Option(help="Draw so many molecules at random. Default: all.")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training molecules.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Molecules in a step.")] = 32,
@@ -109,7 +109,7 @@ def explain(
     checkpoint: Annotated[Path, typer.Argument(help="A model: best.pt of a run.")],
     file: Annotated[
         Path | None,
-        typer.Argument(help="Molecules: SMILES, SDF or XYZ. [default: some the model never saw]"),
+        typer.Argument(help="Molecules: SMILES, SDF or XYZ. Default: some it never saw."),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the pictures.")
@@ -162,7 +162,7 @@ def demo(
         float, typer.Option(help="Stop training after the last epoch that ends in this time.")
     ] = 3.25,
     molecules: Annotated[
-        int | None, typer.Option(help="Draw so many molecules at random. [default: all]")
+        int | None, typer.Option(help="Draw so many molecules at random. Default: all.")
     ] = None,
 ) -> None:
     """Train on the sample of QM9 for some minutes and explain four molecules it never saw."""
