@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from geot_model import cli, training
+from geot_model import cli, dataset, results, training
 from geot_model.checkpoint import load_checkpoint
 from geot_model.explain import (
     aggregate_attention,
@@ -148,11 +148,11 @@ def test_explain_file(trained, molecules, tmp_path):
 def test_explain_without_file_takes_what_was_never_seen(trained, tmp_path):
     result = geot("explain", trained[0] / "best.pt", "-o", tmp_path, "--count", 2)
     assert result.exit_code == 0
-    test = training.Split.load(training.Settings(molecules=60)).test
+    test = dataset.Split.load(dataset.Settings(molecules=60)).test
     with (tmp_path / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == test.names[:2].tolist()
-    predicted = training.predict(load_checkpoint(trained[0] / "best.pt"), test)
+    predicted = results.predict(load_checkpoint(trained[0] / "best.pt"), test)
     for place, row in enumerate(rows):
         for column, target in enumerate(("homo", "lumo", "gap")):
             known, value = row[f"QM9 {target} [eV]"], row[f"{target} [eV]"]
@@ -279,7 +279,7 @@ def test_names_of_files_are_safe_and_different():
 
 def test_held_out_are_never_training_molecules(trained):
     checkpoint = load_checkpoint(trained[0] / "best.pt")
-    split = training.Split.load(training.Settings(molecules=60))
+    split = dataset.Split.load(dataset.Settings(molecules=60))
     names = [molecule.name for molecule, _ in held_out(checkpoint, 100)]
     assert names == split.test.names.tolist()
     sample = load_qm9()

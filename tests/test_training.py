@@ -11,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from geot_model import training
+from geot_model import callbacks, dataset, results, training
 from geot_model.checkpoint import load_checkpoint
+from geot_model.dataset import Batches, Settings, Split
 from geot_model.qm9 import TARGETS, Molecules, load_qm9
-from geot_model.training import Batches, Settings, Split
 
 TINY = Settings(
     targets=("homo", "gap"),
@@ -193,13 +193,13 @@ def test_time_limit_stops_after_an_epoch_and_can_be_resumed(finished, tmp_path):
 def test_best_epoch_is_kept_also_over_an_interruption(tmp_path, monkeypatch):
     settings = dataclasses.replace(TINY, epochs=6, learning_rate=0.05)  # it jumps about
     errors = []
-    original = training._Keeper.on_train_epoch_end
+    original = callbacks.Keeper.on_train_epoch_end
 
     def recording(self, trainer, pl_module):
         errors.append(float(trainer.callback_metrics["validation"]))
         original(self, trainer, pl_module)
 
-    monkeypatch.setattr(training._Keeper, "on_train_epoch_end", recording)
+    monkeypatch.setattr(callbacks.Keeper, "on_train_epoch_end", recording)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 22)  # in the sixth epoch
         run(settings, tmp_path)
@@ -208,8 +208,8 @@ def test_best_epoch_is_kept_also_over_an_interruption(tmp_path, monkeypatch):
     best = load_checkpoint(tmp_path / "best.pt")
     assert best.training["epoch"] == 1 + int(np.argmin(errors)) < 6
     validation = Split.load(settings).validation
-    truth = torch.from_numpy(training.target_matrix(validation, settings.targets))
-    error = ((training.predict(best, validation) - truth).abs() / best.std).mean()
+    truth = torch.from_numpy(dataset.target_matrix(validation, settings.targets))
+    error = ((results.predict(best, validation) - truth).abs() / best.std).mean()
     assert error.item() == pytest.approx(min(errors), rel=1e-4)
 
 
@@ -241,13 +241,13 @@ def test_it_learns(tmp_path):
 
 def test_predictions_come_in_the_order_of_the_molecules(finished, sample):
     checkpoint = load_checkpoint(finished[0] / "best.pt")
-    together = training.predict(checkpoint, sample[:70])
-    apart = torch.cat([training.predict(checkpoint, sample[i]) for i in range(70)])
+    together = results.predict(checkpoint, sample[:70])
+    apart = torch.cat([results.predict(checkpoint, sample[i]) for i in range(70)])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
 def test_element_counts_are_counts(sample):
-    counts = training.element_counts(sample[:20], (1, 6, 8))
+    counts = results.element_counts(sample[:20], (1, 6, 8))
     for i in range(20):
         numbers = sample[i].numbers.tolist()
         assert counts[i].tolist() == [1, *(numbers.count(z) for z in (1, 6, 8))]
@@ -257,7 +257,7 @@ def test_table_has_each_error_and_its_unit(finished, sample):
     folder, outcome = finished
     split = Split.load(TINY)
     checkpoint = load_checkpoint(folder / "best.pt")
-    predicted = training.predict(checkpoint, split.test).numpy()
+    predicted = results.predict(checkpoint, split.test).numpy()
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     text = Console(width=200)
@@ -278,11 +278,11 @@ def test_linear_model_is_exact_on_what_is_linear(finished):
     split = Split.load(TINY)
 
     def linear(molecules):
-        values = training.element_counts(molecules, (1, 6, 7, 8, 9)) @ [5, 1, -2, 3, 0.5, 4]
+        values = results.element_counts(molecules, (1, 6, 7, 8, 9)) @ [5, 1, -2, 3, 0.5, 4]
         return dataclasses.replace(molecules, targets={"homo": values, "gap": 2 * values})
 
     parts = (linear(part) for part in (split.train, split.validation, split.test))
-    for error in training.measure(load_checkpoint(finished[0] / "best.pt"), Split(*parts)):
+    for error in results.measure(load_checkpoint(finished[0] / "best.pt"), Split(*parts)):
         assert error.linear < 1e-9 < error.mean
 
 

@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+    from .dataset import Settings
     from .draw import atom_labels, draw_heatmap, draw_pairs, strongest_pairs
     from .explain import Explanation, aggregate_attention, explain_molecule
     from .model import GeoT
     from .molecule import Molecule, perceive_bonds, read_molecules
     from .qm9 import TARGETS, Molecules, load_qm9, pad_batch, random_split
-    from .training import Settings, train
+    from .training import train
 
 _MODULES = {
     "checkpoint": ("Checkpoint", "CheckpointError", "load_checkpoint", "save_checkpoint"),
+    "dataset": ("Settings",),
     "draw": ("atom_labels", "draw_heatmap", "draw_pairs", "strongest_pairs"),
     "explain": ("Explanation", "aggregate_attention", "explain_molecule"),
     "model": ("GeoT",),
     "molecule": ("Molecule", "perceive_bonds", "read_molecules"),
     "qm9": ("TARGETS", "Molecules", "load_qm9", "pad_batch", "random_split"),
-    "training": ("Settings", "train"),
+    "training": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -16,9 +16,10 @@ from rich.table import Table
 # Everything heavy is imported by the command that needs it, so that `geot --help` is quick.
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .dataset import Settings, Split
     from .explain import Explanation
     from .molecule import Molecule
-    from .training import Outcome, Settings, Split
+    from .training import Outcome
 
 app = typer.Typer(
     help="GeoT: a transformer for molecules whose attention sees the distances between atoms.",
@@ -73,7 +74,8 @@ def train(
     ] = False,
 ) -> None:
     """Train GeoT on QM9 and measure it on molecules it never saw."""
-    from .training import LAST, Settings, Split, load_settings
+    from .dataset import Settings, Split
+    from .training import LAST, load_settings
 
     console = Console()
     with _bad_input():
@@ -170,8 +172,9 @@ def demo(
     console = Console()
     console.print("GeoT learns orbital energies (homo, lumo, gap) from 3-D structures of QM9 ...")
     from .checkpoint import load_checkpoint
+    from .dataset import Settings, Split
     from .explain import held_out
-    from .training import BEST, Settings, Split
+    from .training import BEST
 
     with _bad_input():
         settings = Settings(epochs=epochs, seed=_DEMO_SEED, molecules=molecules)
