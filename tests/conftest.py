@@ -1,4 +1,4 @@
-"""One thread: on tensors of a few hundred numbers a second one only costs, on busy machines most."""
+"""One thread: on tensors of a few hundred numbers a second one costs more than it brings."""
 
 import torch
 

@@ -117,8 +117,7 @@ def model_errors(golden, network):
 def distance_error(golden, monkeypatch, compute):
     """Error of the gradient with respect to the matrix of distances, by the reference formulas.
 
-    In float64, where what is left is the error of the table (and of TensorFlow's float32): PyTorch
-    differentiates the interpolation with a rounding of `eps |f| / h`, which float32 kernels avoid.
+    In float64, where what is left is the error of the table (and of TensorFlow's float32).
     """
     positions = reference.zero_padding(golden.positions.detach().double(), golden.mask)
     dist = reference.distances(positions, positions).requires_grad_()
