@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from geot_model import cli, dataset, results, training
+from geot_model.__main__ import main
 from geot_model.checkpoint import load_checkpoint
 from geot_model.explain import (
     aggregate_attention,
@@ -286,3 +287,10 @@ def test_held_out_are_never_training_molecules(trained):
     for molecule, _ in held_out(checkpoint, 3):
         one = sample[[str(name) for name in sample.names].index(molecule.name)]
         assert molecule.numbers.tolist() == one.numbers.tolist()
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "geot_model.cli")
+    with pytest.raises(SystemExit, match=r"typer is not installed.*geot-kernels\[model\]"):
+        main()
