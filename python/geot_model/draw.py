@@ -45,7 +45,8 @@ _MAX_SIDE_PX = 4000
 _PANEL_PX = 400  # width of the list of pairs
 _ROW_PX = 34
 _CLEAR_PX = 34.0  # a band that keeps this far from other atoms and ranks need not bend more
-_FORMULA = r"strength of {i, j} = |W$_{ij}$ + W$_{ji}$| / 2" + "\n(here with the sign of the sum)"
+_FORMULA = r"strength of {i, j} = |W$_{ij}$ + W$_{ji}$| / 2"
+_SIGN = "\n(here with the sign of the sum)"
 
 
 def atom_labels(numbers: npt.ArrayLike) -> list[str]:
@@ -376,18 +377,20 @@ def _curve(
 
 def _list_pairs(axes: Axes, pairs: Sequence[Pair], labels: Sequence[str]) -> None:
     """The ranked pairs with their values at the right of the structure."""
+    signed = any(value < 0 for _, _, value in pairs)
+    form = "+#.3g" if signed else "#.3g"
     handles = [
         Line2D(
             [],
             [],
-            label=f"{rank}  {labels[i]}, {labels[j]}   {value:+#.3g}",
+            label=f"{rank}  {labels[i]}, {labels[j]}   {value:{form}}",
             **_style(value, abs(pairs[0][2])),
         )
         for rank, (i, j, value) in enumerate(pairs, start=1)
     ]
     axes.legend(
         handles=handles,
-        title=_FORMULA if pairs else "no pairs to mark",
+        title=_FORMULA + (_SIGN if signed else "") if pairs else "no pairs to mark",
         alignment="left",
         loc="center left",
         bbox_to_anchor=(1.02, 0.5),
