@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,41 +80,22 @@ def geo_attention(
     scale of GeoT (Kwak et al., ACS Omega 2023, arXiv 2106.15516).
     """
     _check_backend(backend, radial)
-    check_metadata(
-        q,
-        k,
-        v,
-        positions,
-        radial,
-        mask=mask,
-        ptr=ptr,
-        max_atoms=max_atoms,
-        atom_types=atom_types,
-        score=score,
-        normalizer=normalizer,
-        scale=scale,
-        attention_scale=attention_scale,
-    )
+    options: dict[str, Any] = {
+        "mask": mask,
+        "ptr": ptr,
+        "max_atoms": max_atoms,
+        "atom_types": atom_types,
+        "score": score,
+        "normalizer": normalizer,
+        "scale": scale,
+    }
+    check_metadata(q, k, v, positions, radial, attention_scale=attention_scale, **options)
     if not isinstance(radial, (RadialTable, GaussianSum)) or backend == "reference":
         with autocast_off(q.device.type):
             return reference.geo_attention(
-                q,
-                k,
-                v,
-                positions,
-                radial,
-                mask=mask,
-                ptr=ptr,
-                max_atoms=max_atoms,
-                atom_types=atom_types,
-                score=score,
-                normalizer=normalizer,
-                scale=scale,
-                attention_scale=attention_scale,
+                q, k, v, positions, radial, attention_scale=attention_scale, **options
             )
-    inputs = make_inputs(
-        q, k, v, positions, radial, mask, ptr, max_atoms, atom_types, score, normalizer, scale
-    )
+    inputs = make_inputs(q, k, v, positions, radial, **options)
     out: Tensor
     out, row = ops._attention(*inputs, backend or "")
     if attention_scale is None:
@@ -167,42 +149,24 @@ def attention_weights(
         ValueError: As for `geo_attention`.
     """
     _check_backend(backend, radial)
-    check_metadata(
-        q,
-        k,
-        q,
-        positions,
-        radial,
-        mask=mask,
-        ptr=ptr,
-        max_atoms=max_atoms,
-        atom_types=atom_types,
-        score=score,
-        normalizer=normalizer,
-        scale=scale,
-        attention_scale=attention_scale,
-    )
+    options: dict[str, Any] = {
+        "mask": mask,
+        "ptr": ptr,
+        "max_atoms": max_atoms,
+        "atom_types": atom_types,
+        "score": score,
+        "normalizer": normalizer,
+        "scale": scale,
+    }
+    check_metadata(q, k, q, positions, radial, attention_scale=attention_scale, **options)
     if ptr is not None and max_atoms is None:
-        max_atoms = int(ptr.diff().max()) if len(ptr) > 1 else 0
+        options["max_atoms"] = int(ptr.diff().max()) if len(ptr) > 1 else 0
     if not isinstance(radial, (RadialTable, GaussianSum)) or backend == "reference":
         with autocast_off(q.device.type):
             return reference.attention_weights(
-                q,
-                k,
-                positions,
-                radial,
-                mask=mask,
-                ptr=ptr,
-                max_atoms=max_atoms,
-                atom_types=atom_types,
-                score=score,
-                normalizer=normalizer,
-                scale=scale,
-                attention_scale=attention_scale,
+                q, k, positions, radial, attention_scale=attention_scale, **options
             )
-    inputs = make_inputs(
-        q, k, q, positions, radial, mask, ptr, max_atoms, atom_types, score, normalizer, scale
-    )
+    inputs = make_inputs(q, k, q, positions, radial, **options)
     weights: Tensor = ops._attention_weights(*inputs[:2], *inputs[3:], backend or "")
     if attention_scale is None:
         return weights
@@ -256,27 +220,20 @@ def check_inputs(
             not finite.
     """
     _check_backend(backend, radial)
-    check_metadata(
-        q,
-        k,
-        v,
-        positions,
-        radial,
-        mask=mask,
-        ptr=ptr,
-        max_atoms=max_atoms,
-        atom_types=atom_types,
-        score=score,
-        normalizer=normalizer,
-        scale=scale,
-        attention_scale=attention_scale,
-    )
+    options: dict[str, Any] = {
+        "mask": mask,
+        "ptr": ptr,
+        "max_atoms": max_atoms,
+        "atom_types": atom_types,
+        "score": score,
+        "normalizer": normalizer,
+        "scale": scale,
+    }
+    check_metadata(q, k, v, positions, radial, attention_scale=attention_scale, **options)
     if not isinstance(radial, (RadialTable, GaussianSum)):
         empty = q.new_zeros(1, 2, 2, 0)
         radial = RadialTable(empty, 0.0, 1.0)
-    inputs = make_inputs(
-        q, k, v, positions, radial, mask, ptr, max_atoms, atom_types, score, normalizer, scale
-    )
+    inputs = make_inputs(q, k, v, positions, radial, **options)
     check_values(inputs)
     if backend is not None and backend != "reference":
         choose(backend, inputs)

@@ -208,6 +208,7 @@ def make_inputs(
     v: Tensor,
     positions: Tensor,
     radial: RadialTable | GaussianSum,
+    *,
     mask: Tensor | None,
     ptr: Tensor | None,
     max_atoms: int | None,

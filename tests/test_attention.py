@@ -239,9 +239,9 @@ def test_no_pass_makes_anything_that_grows_with_the_square_of_the_atoms(policy, 
         inputs = make_inputs(
             *(x.detach() for x in tensors),
             make_table(knots.detach()),
-            *(None,) * 4,
-            *policy,
-            scale=None,
+            **dict.fromkeys(("mask", "ptr", "max_atoms", "atom_types", "scale")),
+            score=policy[0],
+            normalizer=policy[1],
         )
         tangent = Tangent(*(None if x is None else torch.ones_like(x) for x in inputs[:6]))
         with LargestTensor() as seen:  # the launchers themselves: it does not see into operators

@@ -29,19 +29,6 @@ FUNCTIONS = (geo_attention, attention_weights, check_inputs)
 ROOT = Path(geot_kernels.__file__).parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are tiny here, and threads cost more than they do
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def knots(channels=H, pairs=1, **options):
     return torch.rand(pairs, 9, 2, channels, **options)
 

@@ -28,15 +28,6 @@ from geot_model.qm9 import load_qm9
 TINY = ["--molecules", "60", "--epochs", "2", "--embed-dim", "8", "--heads", "2", "--layers", "1"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only wait for each other in a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def geot(*arguments):
     return CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
 

@@ -23,19 +23,6 @@ EPS_32 = torch.finfo(torch.float32).eps
 BUDGET = 1e-13
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are tiny here, and threads cost more than they do
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class Counted(nn.Module):
     """A radial network that counts its calls."""
 

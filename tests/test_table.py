@@ -29,19 +29,6 @@ EPS_32 = torch.finfo(torch.float32).eps
 BUDGET = 100 * EPS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are tiny here, and threads cost more than they do
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class TypedFunction(nn.Module):
     """Symmetric in the types and different for each pair."""
 

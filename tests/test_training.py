@@ -48,15 +48,6 @@ def assert_same_weights(left, right):
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=0, msg=name)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only wait for each other in a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder and outcome of a run that nothing interrupted."""
