@@ -218,8 +218,9 @@ def make_inputs(
     scale: float | None,
 ) -> Inputs:
     """Brings checked arguments into the form of the operators; differentiable."""
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)  # as scaled_dot_product_attention does
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)  # as scaled_dot_product_attention does
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     compute = compute_dtype(q.dtype)
     affine, pair_index, r_min, r_max = None, None, 0.0, 0.0

@@ -192,6 +192,17 @@ def test_positions_that_are_not_finite_give_nan_not_a_crash(backend):
     assert bool(out[0, 1].isnan().any())
 
 
+def test_shapes_can_be_had_without_numbers():
+    q = torch.empty(2, 5, 2, 8, dtype=torch.bfloat16, device="meta").requires_grad_()
+    positions = torch.empty(2, 5, 3, device="meta").requires_grad_()
+    table = gk.tabulate(gk.radial.RadialMLP(gk.radial.GaussianBasis(8, 5.0), 8, 2).to("meta"), 5.0)
+    for backend in (*BACKENDS, None):
+        out = gk.geo_attention(q, q, q, positions, table, backend=backend)
+        assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+        (grad,) = torch.autograd.grad(out.float().sum(), positions)
+        assert grad.shape == positions.shape
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shift_and_a_rotation_change_nothing_and_forces_turn_along(backend):
     leaves, make_table = problem(2, 6, 2, 4, dtype=torch.float64)
