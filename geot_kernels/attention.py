@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends import NAMES, choose
-from .checks import check_metadata, check_values, make_inputs
+from .checks import autocast, check_metadata, check_values, make_inputs
 from .radial import GaussianSum
 from .table import RadialTable, autocast_off
 
@@ -90,6 +90,7 @@ def geo_attention(
         "scale": scale,
     }
     check_metadata(q, k, v, positions, radial, attention_scale=attention_scale, **options)
+    q, k, v = autocast(q, k, v)
     if not isinstance(radial, (RadialTable, GaussianSum)) or backend == "reference":
         with autocast_off(q.device.type):
             return reference.geo_attention(
@@ -159,6 +160,7 @@ def attention_weights(
         "scale": scale,
     }
     check_metadata(q, k, q, positions, radial, attention_scale=attention_scale, **options)
+    q, k = autocast(q, k)
     if ptr is not None and max_atoms is None:
         options["max_atoms"] = int(ptr.diff().max()) if len(ptr) > 1 else 0
     if not isinstance(radial, (RadialTable, GaussianSum)) or backend == "reference":

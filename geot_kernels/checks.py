@@ -202,6 +202,14 @@ def _check_attention_scale(s: Any, heads: int, device: torch.device) -> None:
         raise ValueError(f"attention_scale: expected on {device} like q, got on {s.device}")
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rounds queries, keys and values as `scaled_dot_product_attention` does under autocast."""
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 def make_inputs(
     q: Tensor,
     k: Tensor,
@@ -218,10 +226,6 @@ def make_inputs(
     scale: float | None,
 ) -> Inputs:
     """Brings checked arguments into the form of the operators; differentiable."""
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)  # as scaled_dot_product_attention does
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     compute = compute_dtype(q.dtype)
     affine, pair_index, r_min, r_max = None, None, 0.0, 0.0
     if isinstance(radial, RadialTable):

@@ -43,6 +43,7 @@ _CONSTANTS = (
 _PULLED = "Tensor? d_out, Tensor? d_row, Tensor out, Tensor row"
 _DOTTED = ", ".join(f"Tensor? {x}_dot" for x in ("q", "k", "v", "positions", "radial", "affine"))
 _NUM_INPUTS, _NUM_PULLED = 6, 4
+_NUM_INDICES = 4  # mask, ptr, atom_types, pair_index: the constants that are tensors
 
 _library = torch.library.Library("geot", "DEF")
 _library.define(f"attention({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor)")
@@ -145,8 +146,8 @@ class _Attention(Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, row = _attention(*inputs, *constants)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, row, *inputs)
-        ctx.constants = constants
+        ctx.save_for_backward(out, row, *inputs, *constants[:_NUM_INDICES])
+        ctx.constants = constants[_NUM_INDICES:]
         if constants[-2] == "softmax":
             ctx.mark_non_differentiable(row)
         return out, row
@@ -156,8 +157,11 @@ class _Attention(Function):
         if d_out is None and d_row is None:
             return (None,) * (_NUM_INPUTS + 1)
         needs = ctx.needs_input_grad[:_NUM_INPUTS]
-        out, row, *inputs = ctx.saved_tensors
-        grads = _call(_attention_bwd, d_out, d_row, out, row, *inputs, needs, *ctx.constants)
+        out, row, *tensors = ctx.saved_tensors
+        inputs, indices = tensors[:_NUM_INPUTS], tensors[_NUM_INPUTS:]
+        grads = _call(
+            _attention_bwd, d_out, d_row, out, row, *inputs, needs, *indices, *ctx.constants
+        )
         return *_spread(grads, needs), None
 
 
@@ -168,8 +172,8 @@ class _AttentionBackward(Function):
         with torch._C._AutoDispatchBelowAutograd():
             grads = _attention_bwd(*tensors, needs, *constants)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.needs, ctx.constants = needs, constants
+        ctx.save_for_backward(*tensors, *constants[:_NUM_INDICES])
+        ctx.needs, ctx.constants = needs, constants[_NUM_INDICES:]
         return tuple(grads)
 
     @staticmethod
@@ -178,8 +182,9 @@ class _AttentionBackward(Function):
         if all(x is None for x in dots):
             return (None,) * (len(wanted) + 1)
         needs = (*wanted[:2], *wanted[_NUM_PULLED:])
-        tangent = _spread(dots, ctx.needs)
-        grads = _call(_attention_bwd_bwd, *tangent, *ctx.saved_tensors, needs, *ctx.constants)
+        tangent, saved = _spread(dots, ctx.needs), ctx.saved_tensors
+        tensors, indices = saved[:-_NUM_INDICES], saved[-_NUM_INDICES:]
+        grads = _call(_attention_bwd_bwd, *tangent, *tensors, needs, *indices, *ctx.constants)
         d_out, d_row, *rest = _spread(grads, needs)
         return d_out, d_row, None, None, *rest, None
 
@@ -232,31 +237,32 @@ def _autograd(
 
 def _attention_weights_autograd(*args: Any) -> Any:
     """Weights that need a gradient are those of the reference: their size is N² anyway."""
-    q, k, positions, radial, affine, mask, ptr, types, pair_index, max_atoms, r_min, r_max = args[
-        :12
-    ]
-    if not _differentiable(args[:5]):
+    q, k, *rest, backend = args
+    inputs = Inputs(q, k, k, *rest)
+    if not _differentiable(inputs[:6]):
         with torch._C._AutoDispatchBelowAutograd():
             return _attention_weights(*args)
-    scale, score, normalizer = args[12:15]
+    if backend:
+        choose(backend, inputs)
     fn: Callable[..., Tensor]
-    if radial.ndim == 2:
-        fn = GaussianSum(radial[0], radial[1], radial[2:])
+    if inputs.radial.ndim == 2:
+        fn = GaussianSum(inputs.radial[0], inputs.radial[1], inputs.radial[2:])
     else:
-        fn = RadialTable(radial, r_min, r_max, pair_index, affine)
+        table = (inputs.radial, inputs.r_min, inputs.r_max, inputs.pair_index, inputs.affine)
+        fn = RadialTable(*table)
     with autocast_off(q.device.type):
         return reference.attention_weights(
             q,
             k,
-            positions,
+            inputs.positions,
             fn,
-            mask=mask,
-            ptr=ptr,
-            max_atoms=None if ptr is None else max_atoms,
-            atom_types=types,
-            score=score,
-            normalizer=normalizer,
-            scale=scale,
+            mask=inputs.mask,
+            ptr=inputs.ptr,
+            max_atoms=None if inputs.ptr is None else inputs.max_atoms,
+            atom_types=inputs.atom_types,
+            score=inputs.score,
+            normalizer=inputs.normalizer,
+            scale=inputs.scale,
         )
 
 
