@@ -273,8 +273,8 @@ def _rescale(
     s = attention_scale.to(dtype).view(-1, 1)  # [1 or H, 1]
     if ptr is not None:
         counts = ptr.diff()
-        molecule = torch.repeat_interleave(counts, output_size=len(v))
-        sums = v.new_zeros(len(counts), *v.shape[1:], dtype=dtype)
+        molecule = torch.repeat_interleave(counts, output_size=v.shape[0])
+        sums = v.new_zeros(counts.shape[0], *v.shape[1:], dtype=dtype)
         total = sums.index_add(0, molecule, v.to(dtype))[molecule]  # [T, H, D]
         count = counts[molecule][:, None].to(dtype)  # [T, 1]
     else:

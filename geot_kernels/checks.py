@@ -7,6 +7,7 @@ launches survive it. `check_values` reads values and waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def check_metadata(
     _expect("k", k, sizes, q.device, q.dtype)
     _expect("v", v, sizes, q.device, q.dtype)
     *atoms, (_, heads), (_, channels) = sizes
+    if heads < 1 or channels < 1:
+        raise ValueError(f"q: expected H >= 1 and D >= 1, got {list(q.shape)}")
     _expect("positions", positions, [*atoms, ("", 3)], q.device)
     if positions.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -130,7 +133,8 @@ def _check_packed(ptr: Any, max_atoms: Any, mask: Any, device: torch.device) -> 
         raise ValueError("mask: expected None with ptr (packed rows are all real), got a mask")
     if max_atoms is None:
         return
-    if not isinstance(max_atoms, (int, torch.SymInt)) or max_atoms < 0:
+    integer = isinstance(max_atoms, (Integral, torch.SymInt)) and not isinstance(max_atoms, bool)
+    if not integer or max_atoms < 0:
         raise ValueError(f"max_atoms: expected an int >= 0, got {max_atoms!r}")
 
 
@@ -147,9 +151,9 @@ def _check_table(
         raise TypeError(f"radial.knots: expected float32 or float64, got {knots.dtype}")
     if knots.device != device:
         raise ValueError(f"radial: expected on {device} like q, got on {knots.device}")
-    if not table.r_max > 0:
+    if not 0 < table.r_max < float("inf"):
         raise ValueError(f"radial.r_max: expected a number > 0, got {table.r_max}")
-    if not table.r_max > table.r_min:
+    if not float("-inf") < table.r_min < table.r_max:
         raise ValueError(f"radial.r_min: expected < r_max={table.r_max}, got {table.r_min}")
     pairs = 1
     if index is not None:
@@ -198,6 +202,8 @@ def _check_attention_scale(s: Any, heads: int, device: torch.device) -> None:
         raise TypeError(f"attention_scale: expected a tensor, [] or [H], got {type(s).__name__}")
     if s.shape not in ((), (1,), (heads,)):
         raise ValueError(f"attention_scale: expected [] or [H={heads}], got {list(s.shape)}")
+    if not s.is_floating_point():
+        raise TypeError(f"attention_scale: expected floating point, got {s.dtype}")
     if s.device != device:
         raise ValueError(f"attention_scale: expected on {device} like q, got on {s.device}")
 

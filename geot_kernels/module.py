@@ -266,16 +266,17 @@ class FusedGeoAttention(nn.Module):
         """The radial function in the form that `geo_attention` takes: the table, mostly."""
         if self.num_knots is None:
             return self._exact
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if _is_traced():
+            return self._tabulate(self.num_knots)
+        if self.training or torch.is_grad_enabled():
+            self.refresh()  # an optimizer may step next, and fused ones leave no trace
             return self._tabulate(self.num_knots)
         owned = [*self.parameters(), *self.buffers()]
         made_of = [self.radial, self.r_max, self.num_knots, *owned, *map(_state, owned)]
         if self._table is not None and _same(made_of, self._table_of):
             return self._table
-        table = self._tabulate(self.num_knots)
-        if type(table.knots) is Tensor:  # not the shadow of one that a tracer makes
-            self._table, self._table_of = table, made_of
-        return table
+        self._table, self._table_of = self._tabulate(self.num_knots), made_of
+        return self._table
 
     def _function(self) -> Callable[..., Tensor]:
         return self.radial() if isinstance(self.radial, _GaussianSumParameters) else self.radial
@@ -328,6 +329,15 @@ class FusedGeoAttention(nn.Module):
             f"num_heads={self.num_heads}, score={self.score!r}, normalizer={self.normalizer!r}, "
             f"r_max={self.r_max} Å, num_knots={self.num_knots}, num_types={self.num_types}"
         )
+
+
+def _is_traced() -> bool:
+    """Whether tensors may be shadows of others: under compilers, tracers and `vmap`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _state(x: Tensor) -> tuple[int, int]:

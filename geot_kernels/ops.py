@@ -273,6 +273,8 @@ def _attention_weights_autograd(*args: Any) -> Any:
 def _each_slice(op: Callable[..., Any], args: Sequence[Any], dims: Sequence[Any]) -> Any:
     """Calls `op` for each index of the dimension that `dims` names; stacks what comes."""
     count = next(x.shape[d] for x, d in zip(args, dims, strict=True) if _batched(x, d))
+    if not count:
+        raise ValueError("vmap: expected at least one slice, got a dimension of size 0")
     results = [
         op(*(x.select(d, i) if _batched(x, d) else x for x, d in zip(args, dims, strict=True)))
         for i in range(count)

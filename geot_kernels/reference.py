@@ -160,8 +160,8 @@ def normalize(s: Tensor, mask: Tensor | None, normalizer: str) -> tuple[Tensor, 
     if mask is not None:
         empty = ~mask.any(1, keepdim=True)  # a molecule without atoms: any finite row will do
         s = s.masked_fill(~(mask | empty)[:, None, None, :], -torch.inf)
-    logsum = s.logsumexp(-1, keepdim=True)
-    return (s - logsum).exp(), logsum.squeeze(-1).transpose(1, 2)
+    logsum = s.logsumexp(-1)
+    return s.softmax(-1), logsum.transpose(1, 2)
 
 
 def distances(x_i: Tensor, x_j: Tensor) -> Tensor:

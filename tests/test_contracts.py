@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import LAYOUTS, NORMALIZERS, VARIANTS, make_case, relative_error
 from test_ops import EXACT, POLICIES, operator_arguments, second_order
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import geot_kernels as gk
 from geot_kernels import ops
@@ -196,3 +197,134 @@ def test_what_is_written_into_an_input_after_the_call_is_noticed(name):
     case.options[name].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out.sum(), case.tensors["q"])
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=" ".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_blocks_give_the_same_gradients(policy, layout, monkeypatch):
+    case = make_case(*policy, "affine", layout)
+    tensors = list(case.tensors.values())
+    whole = torch.autograd.grad(case.attention().square().sum(), tensors)
+    for elements in (1, 40, 400):
+        monkeypatch.setattr(eager.pair, "_BLOCK_ELEMENTS", elements)
+        split = torch.autograd.grad(case.attention().square().sum(), tensors)
+        assert all(relative_error(a, b) <= EXACT for a, b in zip(split, whole, strict=True))
+
+
+def test_on_the_first_knot_the_function_has_its_slope():
+    case = make_case(radial="affine", layout="full")
+    case.r_min = 0.0  # the diagonal, at d = 0, is on it
+    with torch.no_grad():
+        case.tensors["affine"].copy_(torch.tensor([1.0, 0.0]))
+    got, expected = (
+        torch.autograd.grad(case.attention(backend=b).square().sum(), case.tensors["affine"])[0]
+        for b in ("eager", "reference")
+    )
+    assert relative_error(got, expected) <= EXACT
+
+
+def test_an_affine_map_without_types_and_a_short_pair_index():
+    case = make_case("filter", "linear", "affine", layout="full")
+    for index in (case.pair_index.int(), None):
+        case.pair_index = index
+        if index is None:
+            case.tensors["affine"] = case.tensors["affine"].detach()[:1].requires_grad_()
+        both = (second_order(case, b, ["positions", "affine"]) for b in ("eager", "reference"))
+        assert all(relative_error(a, b) <= EXACT for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
+def test_softmax_rows_sum_to_one_whatever_the_size_of_the_scores(backend, offset):
+    case = make_case(layout="full", dtype=torch.float32, sizes=(20, 20))
+    with torch.no_grad():
+        case.tensors["knots"][:, :, 0] += offset
+        sums = case.weights(backend=backend).sum(-1)
+    assert float((sums - 1).abs().max()) <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_gaussians_far_away_give_zero_not_nan():
+    case = make_case(radial="gaussians", layout="full", dtype=torch.float32)
+    with torch.no_grad():
+        case.tensors["positions"][0, 3] = 1e10
+    for x in second_order(case, "eager", list(case.tensors)):
+        assert bool(x.isfinite().all())
+
+
+def test_packed_molecules_of_any_size_go_out_with_dynamic_shapes():
+    case = make_case("filter", "linear", layout="packed", attention_scale=True)
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, positions, ptr):
+            tensors = [q, k, v, positions, *list(case.tensors.values())[4:]]
+            return case.attention(*(x.detach() for x in tensors), ptr=ptr, max_atoms=4)
+
+    def inputs(*sizes):
+        rows = [torch.randn(sum(sizes), 2, 3, dtype=torch.float64) for _ in range(3)]
+        positions = torch.randn(sum(sizes), 3, dtype=torch.float64)
+        return *rows, positions, torch.tensor([0, *sizes]).cumsum(0)
+
+    atoms, molecules = torch.export.Dim("T", min=3), torch.export.Dim("P", min=3)
+    shapes = (*({0: atoms} for _ in range(4)), {0: molecules})
+    program = torch.export.export(Attention(), inputs(4, 0, 3), dynamic_shapes=shapes)
+    for other in (inputs(4, 0, 3), inputs(2, 4, 1, 3)):
+        assert relative_error(program.module()(*other), Attention()(*other)) <= EXACT
+
+
+def test_blocks_end_at_their_largest_molecule(monkeypatch):
+    pairs = []
+    make_block = eager.pair.Block.__init__
+
+    def counted(self, *args):
+        make_block(self, *args)
+        pairs.append(self.dist.numel())
+
+    monkeypatch.setattr(eager.pair.Block, "__init__", counted)
+    monkeypatch.setattr(eager.pair, "_BLOCK_ELEMENTS", 3 * 40**2)
+    sizes = (40, *[3] * 30)
+    for layout in ("packed", "masked"):
+        case = make_case(layout="packed", sizes=sizes)
+        if layout == "masked":
+            case = make_case(layout="full", sizes=sizes)
+            case.options["mask"] = torch.arange(40) < torch.tensor(sizes)[:, None]
+        pairs.clear()
+        case.attention()
+        assert sum(pairs) == 40**2 + 30 * 3**2
+
+
+@pytest.fixture
+def warm_layer():
+    """A layer in `eval()` that has kept its table, and its inputs."""
+    layer = gk.FusedGeoAttention(8, 2, r_max=5.0, num_knots=64, backend="eager").eval()
+    x, positions = torch.randn(2, 5, 8), torch.randn(2, 5, 3)
+    with torch.no_grad():
+        layer(x, positions)
+    return layer, x, positions
+
+
+def test_a_fused_optimizer_step_in_eval_leaves_no_old_table(warm_layer):
+    layer, x, positions = warm_layer
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+    layer(x, positions)[0].square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        got, _ = layer(x, positions)
+        layer.refresh()
+        assert torch.equal(got, layer(x, positions)[0])
+
+
+def test_tracers_and_ensembles_never_meet_a_kept_table(warm_layer):
+    layer, x, positions = warm_layer
+
+    def call(parameters):
+        return torch.func.functional_call(layer, parameters, (x, positions))[0]
+
+    parameters = {n: p.detach() for n, p in layer.named_parameters()}
+    others = {n: 1.5 * p for n, p in parameters.items()}
+    both = {n: torch.stack((parameters[n], others[n])) for n in parameters}
+    with torch.no_grad():
+        expected = [call(p) for p in (parameters, others)]
+        for mode in ("real", "fake", "symbolic"):
+            traced = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(parameters)
+            assert relative_error(traced(others), expected[1]) <= 1e-6
+        assert relative_error(torch.vmap(call)(both), torch.stack(expected)) <= 1e-6

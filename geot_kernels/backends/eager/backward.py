@@ -59,9 +59,9 @@ def attention_bwd(
         rows = [None if x is None else x[block.at] for x in (d_out, d_row)]
         c = Coefficients(block, f, *rows)
         dq[block.at] = block.pull_q(c.e, block.k, f)
-        dk[block.molecules] += block.pull_k(c.e, block.q, f)
+        dk[block.keys] += block.pull_k(c.e, block.q, f)
         if d_out is not None:
-            dv[block.molecules] += torch.einsum("bhij,bihd->bjhd", c.weights, d_out[block.at])
+            dv[block.keys] += torch.einsum("bhij,bihd->bjhd", c.weights, d_out[block.at])
         g = block.pull_f(c.e, block.q, block.k)
         if needs[4]:
             radial.add_adjoint(d_radial, g, None, block.z)

@@ -32,8 +32,8 @@ def attention_weights(inputs: Inputs) -> Tensor:
         weights, _ = _weights(block)
         if batch.mask is not None:
             weights = weights.masked_fill(~batch.mask[block.at][:, None, :, None], 0)
-        molecules, rows = block.at
-        out[molecules, :, rows] = weights
+        (molecules, rows), (_, keys) = block.at, block.keys
+        out[molecules, :, rows, keys] = weights.to(out.dtype)
     return out
 
 

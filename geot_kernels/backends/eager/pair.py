@@ -1,7 +1,7 @@
 """What the passes share: blocks of pairs, their geometry, and the adjoints of score and distance.
 
 A block is the rows `i` of some molecules against all atoms `j` of the same molecules. Shapes:
-`b` molecules of the block, `I` its rows, `J` = `N` atoms.
+`b` molecules of the block, `I` its rows, `J` atoms, as many as its largest molecule has.
 """
 
 from __future__ import annotations
@@ -53,31 +53,48 @@ class Batch:
         return zero_padding(x, self.mask) if self.packed is None else self.packed.pad(x)
 
     def blocks(self) -> Iterator[Block]:
-        """Yields the blocks that cover all rows."""
+        """Yields the blocks that cover all rows, none larger than its largest molecule."""
+        sizes = self._sizes()
+        channels = max(self.inputs.radial.shape[-1], self.q.shape[2], 1)
+        first = 0
+        while first < len(sizes):
+            last, atoms = first, sizes[first]
+            while last + 1 < len(sizes):
+                grown = max(atoms, sizes[last + 1])
+                if (last + 2 - first) * grown * grown * channels > _BLOCK_ELEMENTS:
+                    break
+                last, atoms = last + 1, grown
+            rows = max(_BLOCK_ELEMENTS // max(atoms * channels, 1), 1)
+            for i in range(0, atoms, rows):
+                yield Block(self, slice(first, last + 1), slice(i, min(i + rows, atoms)), atoms)
+            first = last + 1
+
+    def _sizes(self) -> list[int]:
+        """Up to its last real atom, each molecule's rows; read back from the device."""
         num_molecules, num_atoms = self.q.shape[:2]
-        if num_atoms == 0:
-            return
-        row = num_atoms * max(self.inputs.radial.shape[-1], 1)
-        rows = min(max(_BLOCK_ELEMENTS // row, 1), num_atoms)
-        molecules = max(_BLOCK_ELEMENTS // (row * num_atoms), 1)
-        for b in range(0, num_molecules, molecules):
-            for i in range(0, num_atoms, rows):
-                yield Block(self, slice(b, b + molecules), slice(i, i + rows))
+        if self.mask is None or num_atoms == 0:
+            return [num_atoms] * num_molecules
+        place = torch.arange(1, num_atoms + 1, device=self.mask.device)
+        sizes: list[int] = (self.mask * place).amax(1).tolist()
+        return sizes
 
 
 class Block:
-    """Some rows of some molecules: their slices, geometry and radial function."""
+    """Some rows of some molecules: their slices, geometry and radial function.
 
-    def __init__(self, batch: Batch, molecules: slice, rows: slice) -> None:
+    `at` are the rows `i`, `keys` the atoms `j` of a `[B, N, ...]` tensor.
+    """
+
+    def __init__(self, batch: Batch, molecules: slice, rows: slice, atoms: int) -> None:
         inputs = batch.inputs
-        self.batch, self.molecules, self.at = batch, molecules, (molecules, rows)
-        self.q, self.k, self.v = batch.q[self.at], batch.k[molecules], batch.v[molecules]
-        self.mask = None if batch.mask is None else batch.mask[molecules]  # [b, J]
-        self.x_i, self.x_j = batch.x[self.at], batch.x[molecules]
+        self.batch, self.at, self.keys = batch, (molecules, rows), (molecules, slice(atoms))
+        self.q, self.k, self.v = batch.q[self.at], batch.k[self.keys], batch.v[self.keys]
+        self.mask = None if batch.mask is None else batch.mask[self.keys]  # [b, J]
+        self.x_i, self.x_j = batch.x[self.at], batch.x[self.keys]
         self.dist = distances(self.x_i, self.x_j)  # [b, I, J]
         self.pair: Tensor | None = None  # [b, I, J]
         if inputs.pair_index is not None and batch.types is not None:
-            types_i, types_j = batch.types[self.at], batch.types[molecules]
+            types_i, types_j = batch.types[self.at], batch.types[self.keys]
             self.pair = inputs.pair_index.long()[types_i[:, :, None], types_j[:, None, :]]
         self.z, self.m = radial_coordinate(self.dist, inputs.affine, self.pair)
 
@@ -148,7 +165,7 @@ class GeometryGradient:
     def add_forces(self, block: Block, w: Tensor) -> None:
         """Adds `w_ij [b, I, J, 3]` to atom `i` and takes it from atom `j`."""
         self.positions[block.at] += w.sum(2)
-        self.positions[block.molecules] -= w.sum(1)
+        self.positions[block.keys] -= w.sum(1)
 
     def add_affine(self, block: Block, dm: Tensor, dc: Tensor) -> None:
         """Adds the pairs' `dm`, `dc [b, I, J]` to their pair of types."""

@@ -103,21 +103,22 @@ class Gaussians:
         self._e = z.unsqueeze(-1) - center  # [..., K]
         self._phi = gaussians(z, center, self._gamma)
 
-    # Derivatives of φ by z (so minus those by μ) and γ, [..., K] each.
+    # Derivatives of φ by z (so minus those by μ) and γ, [..., K] each. Far away φ is 0, and times
+    # φ come first the powers of e, which overflow.
     def _phi_z(self) -> Tensor:
         return -2 * self._gamma * self._e * self._phi
 
     def _phi_zz(self) -> Tensor:
-        return (4 * (self._gamma * self._e).square() - 2 * self._gamma) * self._phi
+        return -2 * self._gamma * (self._phi + self._e * self._phi_z())
 
     def _phi_g(self) -> Tensor:
-        return -self._e.square() * self._phi
+        return -self._e * (self._e * self._phi)
 
     def _phi_zg(self) -> Tensor:
-        return (2 * self._gamma * self._e.square() - 2) * self._e * self._phi
+        return -2 * (self._e * self._phi + self._gamma * self._e * self._phi_g())
 
     def _phi_gg(self) -> Tensor:
-        return self._e.square().square() * self._phi
+        return -self._e * (self._e * self._phi_g())
 
     def value(self) -> Tensor:
         """`f [..., C]`."""

@@ -42,7 +42,7 @@ def attention_bwd_bwd(
     d_radial = batch.zeros(*inputs.radial.shape)
     geometry = GeometryGradient(batch)
     for block in batch.blocks():
-        at, molecules, q, k = block.at, block.molecules, block.q, block.k
+        at, keys, q, k = block.at, block.keys, block.q, block.k
         dot = _BlockTangent(block, q_dot, k_dot, v_dot, x_dot, tangent.affine)
         d_out_i, d_row_i = (None if x is None else x[at] for x in pulled)
         radial = block.radial(tangent.radial)
@@ -60,19 +60,19 @@ def attention_bwd_bwd(
             grad_d_out[at] += torch.einsum("bhij,bjhd->bihd", c.weights, dot.v)
         grad_d_row[at] = weights_dot.sum(-1).transpose(1, 2)
         if d_out_i is not None:
-            gv[molecules] += torch.einsum("bhij,bihd->bjhd", weights_dot, d_out_i)
+            gv[keys] += torch.einsum("bhij,bihd->bjhd", weights_dot, d_out_i)
 
         gq[at] = block.pull_q(s_bar, k, f)
-        gk[molecules] += block.pull_k(s_bar, q, f)
+        gk[keys] += block.pull_k(s_bar, q, f)
         g_bar, g_dot = block.pull_f(s_bar, q, k), block.pull_f(c.e, q, k)
         if dot.k is not None:
             gq[at] += block.pull_q(c.e, dot.k, f)
         if dot.q is not None:
-            gk[molecules] += block.pull_k(c.e, dot.q, f)
+            gk[keys] += block.pull_k(c.e, dot.q, f)
         if inputs.score == "filter":
             if f_dot is not None:
                 gq[at] += block.pull_q(c.e, k, f_dot)
-                gk[molecules] += block.pull_k(c.e, q, f_dot)
+                gk[keys] += block.pull_k(c.e, q, f_dot)
             if dot.q is not None:
                 g_bar = g_bar + block.pull_f(c.e, dot.q, k)
             if dot.k is not None:
@@ -114,14 +114,14 @@ class _BlockTangent:
     ) -> None:
         self._block = block
         self.q = None if q_dot is None else q_dot[block.at]
-        self.k = None if k_dot is None else k_dot[block.molecules]
-        self.v = None if v_dot is None else v_dot[block.molecules]
+        self.k = None if k_dot is None else k_dot[block.keys]
+        self.v = None if v_dot is None else v_dot[block.keys]
         self.x: Tensor | None = None  # ẋ_ij [b, I, J, 3]
         self.d: Tensor | None = None  # ḋ_ij [b, I, J]
         self.z: Tensor | None = None  # ż_ij [b, I, J]
         self.m: Tensor | None = None  # ṁ_p, where it is not 0
         if x_dot is not None:
-            self.x = x_dot[block.at][:, :, None] - x_dot[block.molecules][:, None]
+            self.x = x_dot[block.at][:, :, None] - x_dot[block.keys][:, None]
             self.d = (block.direction * self.x).sum(-1)
             self.z = self.d if block.m is None else block.m * self.d
         if affine_dot is not None:
