@@ -516,7 +516,7 @@ class GaussianSum:
         gammas: `gamma [K]`, Å^-2. Differentiable, to any order.
         weights: `w [C, K]`, in the unit of the function. Differentiable, to any order.
 
-    Source: `MATH.md`, section 5.
+    Source: `docs/math.md`, section 5.
     """
 
     # No __post_init__ that checks: pytree functions build this class with any leaves.

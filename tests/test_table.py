@@ -75,7 +75,7 @@ def derivatives(fn, z):
 
 
 def dense_slopes(values):
-    """Solves the system of `MATH.md`, section 4, with NumPy."""
+    """Solves the system of `docs/math.md`, section 4, with NumPy."""
     y = values.numpy()
     count = len(y)
     matrix, right = np.zeros((count, count)), np.zeros_like(y)
@@ -289,7 +289,7 @@ def relative_errors(fn, table, r_max, places=1000):
     return [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
 
 
-# `MATH.md`, section 4: everything in float64. Weights are others here: room by a factor of 2.
+# `docs/math.md`, section 4: everything in float64. Weights are others here: room by a factor of 2.
 PUBLISHED = {
     512: (5.7e-6, 3.9e-4, 8.2e-3),
     1024: (1.8e-7, 2.3e-5, 1.3e-3),
