@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from test_training import interrupt_at
 from typer.testing import CliRunner
 
-from geot_model import cli, dataset, results, training
+from geot_model import cli, dataset, results
 from geot_model.__main__ import main
 from geot_model.checkpoint import load_checkpoint
 from geot_model.explain import (
@@ -93,14 +94,7 @@ def test_resume_refuses_other_settings(trained):
 
 @pytest.mark.parametrize("step", [1, 5])
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch, step):
-    original, count = training.TrainingModule.training_step, iter(range(1, 100))
-
-    def training_step(self, batch, number):
-        if next(count) == step:
-            raise KeyboardInterrupt
-        return original(self, batch, number)
-
-    monkeypatch.setattr(training.TrainingModule, "training_step", training_step)
+    interrupt_at(monkeypatch, step)
     result = geot("train", "-o", tmp_path, *TINY, "--batch-size", 16)
     assert result.exit_code == 130
     expected = "nothing to go on from" if step == 1 else f"geot train --resume -o {tmp_path}"
