@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import NAMES, choose
+from .backends import check_name, choose
 from .checks import autocast, check_metadata, check_values, make_inputs
 from .radial import GaussianSum
 from .table import RadialTable, autocast_off
@@ -162,7 +162,7 @@ def attention_weights(
     check_metadata(q, k, q, positions, radial, attention_scale=attention_scale, **options)
     q, k = autocast(q, k)
     if ptr is not None and max_atoms is None:
-        options["max_atoms"] = int(ptr.diff().max()) if len(ptr) > 1 else 0
+        options["max_atoms"] = reference.largest_molecule(ptr)
     if not isinstance(radial, (RadialTable, GaussianSum)) or backend == "reference":
         with autocast_off(q.device.type):
             return reference.attention_weights(
@@ -242,9 +242,7 @@ def check_inputs(
 
 
 def _check_backend(backend: str | None, radial: object) -> None:
-    if backend is not None and backend not in NAMES:
-        names = ", ".join(repr(name) for name in NAMES)
-        raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
+    check_name(backend)
     if isinstance(radial, (RadialTable, GaussianSum)):
         return
     if not callable(radial):

@@ -69,10 +69,7 @@ def check_metadata(
             _expect("mask", mask, atoms, q.device, torch.bool, "True = real atom")
     else:
         _check_packed(ptr, max_atoms, mask, q.device)
-    if score not in ("bias", "filter"):
-        raise ValueError(f"score: expected 'bias' or 'filter', got {score!r}")
-    if normalizer not in ("softmax", "linear"):
-        raise ValueError(f"normalizer: expected 'softmax' or 'linear', got {normalizer!r}")
+    check_policies(score, normalizer)
     if atom_types is not None:
         _expect("atom_types", atom_types, atoms, q.device)
         if atom_types.dtype not in _INTS:
@@ -87,6 +84,14 @@ def check_metadata(
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     if attention_scale is not None:
         _check_attention_scale(attention_scale, heads, q.device)
+
+
+def check_policies(score: str, normalizer: str) -> None:
+    """Raises a ValueError where there is no score or normalizer of that name."""
+    if score not in ("bias", "filter"):
+        raise ValueError(f"score: expected 'bias' or 'filter', got {score!r}")
+    if normalizer not in ("softmax", "linear"):
+        raise ValueError(f"normalizer: expected 'softmax' or 'linear', got {normalizer!r}")
 
 
 def _expect(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attention_weights, geo_attention
-from .backends import NAMES
+from .backends import check_name
+from .checks import check_policies
 from .radial import GaussianBasis, GaussianSum, RadialMLP
-from .table import MIN_KNOTS, RadialTable, radial_coordinate, tabulate
+from .table import MIN_KNOTS, RadialTable, number_pairs, radial_coordinate, tabulate
 
 _BASIS = 64  # Gaussians of the default radial network, and its hidden width
 
@@ -94,13 +95,8 @@ class FusedGeoAttention(nn.Module):
             raise ValueError(
                 f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}"
             )
-        if score not in ("bias", "filter"):
-            raise ValueError(f"score: expected 'bias' or 'filter', got {score!r}")
-        if normalizer not in ("softmax", "linear"):
-            raise ValueError(f"normalizer: expected 'softmax' or 'linear', got {normalizer!r}")
-        if backend is not None and backend not in NAMES:
-            names = ", ".join(map(repr, NAMES))
-            raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
+        check_policies(score, normalizer)
+        check_name(backend)
         if num_types is not None and num_types < 1:
             raise ValueError(f"num_types: expected at least 1, got {num_types}")
         if num_knots is not None and num_knots < MIN_KNOTS:
@@ -298,8 +294,7 @@ class FusedGeoAttention(nn.Module):
             return fn(dist, *types)
         if self.num_types is None or self.affine is None:
             return fn(dist)
-        first, second = torch.minimum(*types), torch.maximum(*types)
-        pair = first * self.num_types - first * (first - 1) // 2 + second - first
+        pair = number_pairs(self.num_types, dist.device)[types]
         return fn(radial_coordinate(dist, self.affine, pair)[0])
 
     def refresh(self) -> None:

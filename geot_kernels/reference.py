@@ -116,7 +116,7 @@ def _weights(
         f = f.view(*dist.shape, channels).to(dtype)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    weights, _ = normalize(scores(q, k, f, score, scale), mask, normalizer)
+    weights = normalize(scores(q, k, f, score, scale), mask, normalizer)
     if attention_scale is not None:
         weights = rescale(weights, attention_scale, mask)
     elif mask is not None:
@@ -149,19 +149,31 @@ def products(q: Tensor, k: Tensor, f: Tensor, score: str, scale: float) -> Tenso
     return scale * (q[:, :, None] * filters * k[:, None]).sum(-1).permute(0, 3, 1, 2)
 
 
-def normalize(s: Tensor, mask: Tensor | None, normalizer: str) -> tuple[Tensor, Tensor]:
-    """Computes `P [B, H, I, J]`, 0 on padded keys, and the row's number `[B, I, H]`.
-
-    That is `L_i = log Σ_j exp(S_ij)` for `softmax`, `r_i = Σ_j S_ij` for `linear`.
-    """
+def normalize(s: Tensor, mask: Tensor | None, normalizer: str) -> Tensor:
+    """Computes `P [B, H, I, J]`, 0 on padded keys."""
     if normalizer == "linear":
-        weights = s if mask is None else s.masked_fill(~mask[:, None, None, :], 0)
-        return weights, weights.sum(-1).transpose(1, 2)
-    if mask is not None:
-        empty = ~mask.any(1, keepdim=True)  # a molecule without atoms: any finite row will do
-        s = s.masked_fill(~(mask | empty)[:, None, None, :], -torch.inf)
-    logsum = s.logsumexp(-1)
-    return s.softmax(-1), logsum.transpose(1, 2)
+        return mask_keys(s, mask)
+    return _mask_scores(s, mask).softmax(-1)
+
+
+def row_number(s: Tensor, mask: Tensor | None, normalizer: str) -> Tensor:
+    """Computes `[B, I, H]`: `L_i = log Σ_j exp(S_ij)` for softmax, `r_i = Σ_j S_ij` for linear."""
+    if normalizer == "linear":
+        return mask_keys(s, mask).sum(-1).transpose(1, 2)
+    return _mask_scores(s, mask).logsumexp(-1).transpose(1, 2)
+
+
+def mask_keys(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
+    """Puts a value where `j` is padding in `x [B, H, I, J]`."""
+    return x if mask is None else x.masked_fill(~mask[:, None, None, :], value)
+
+
+def _mask_scores(s: Tensor, mask: Tensor | None) -> Tensor:
+    """Takes padded keys out of a softmax."""
+    if mask is None:
+        return s
+    empty = ~mask.any(1, keepdim=True)  # a molecule without atoms: any finite row will do
+    return mask_keys(s, mask | empty, -torch.inf)
 
 
 def distances(x_i: Tensor, x_j: Tensor) -> Tensor:
@@ -192,6 +204,11 @@ def cast_table(table: RadialTable, dtype: torch.dtype) -> RadialTable:
     return RadialTable(table.knots.to(dtype), table.r_min, table.r_max, table.pair_index, affine)
 
 
+def largest_molecule(ptr: Tensor) -> int:
+    """Atoms of the largest packed molecule, read back from the device; 0 where there is none."""
+    return int(ptr.diff().max()) if len(ptr) > 1 else 0
+
+
 class PackedRows:
     """The map between packed rows `[T, ...]` and padded ones `[B, N, ...]`.
 
@@ -204,7 +221,7 @@ class PackedRows:
     def __init__(self, ptr: Tensor, max_atoms: int | None, num_rows: int) -> None:
         ptr = ptr.long()
         if max_atoms is None:
-            max_atoms = int(ptr.diff().max()) if len(ptr) > 1 else 0
+            max_atoms = largest_molecule(ptr)
         rows = ptr[:-1, None] + torch.arange(max_atoms, device=ptr.device)
         self.mask = rows < ptr[1:, None]  # [B, N]
         self._rows = torch.where(self.mask, rows, num_rows)

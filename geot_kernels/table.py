@@ -260,7 +260,7 @@ def tabulate(
         device = owner.device if owner is not None else torch.get_default_device()
     device = torch.device(device)
     compute = torch.float64 if num_knots > _FLOAT32_KNOTS else dtype
-    pair_index = None if num_types is None else _pair_index(num_types, device)
+    pair_index = None if num_types is None else number_pairs(num_types, device)
     pairs = 1 if num_types is None else num_types * (num_types + 1) // 2
     if affine is not None and affine.shape != (pairs, 2):
         raise ValueError(f"affine: expected [P={pairs}, 2], got {list(affine.shape)}")
@@ -302,7 +302,8 @@ def _check_range(r_min: float, r_max: float, num_knots: int) -> None:
         raise ValueError(f"num_knots: expected at least {MIN_KNOTS}, got {num_knots}")
 
 
-def _pair_index(num_types: int, device: torch.device) -> Tensor:
+def number_pairs(num_types: int, device: torch.device) -> Tensor:
+    """Numbers the pairs of types, symmetric, as `torch.triu_indices` does: int64 `[T, T]`."""
     if num_types < 1:
         raise ValueError(f"num_types: expected at least 1, got {num_types}")
     low = torch.arange(num_types, device=device)[:, None]

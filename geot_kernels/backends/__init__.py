@@ -59,6 +59,13 @@ class Backend(Protocol):
         """Second backward: those of `(d_out, d_row, *six inputs)`."""
 
 
+def check_name(backend: str | None) -> None:
+    """Raises a ValueError where there is no backend of that name."""
+    if backend is not None and backend not in NAMES:
+        names = ", ".join(map(repr, NAMES))
+        raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
+
+
 @functools.cache
 def load(name: str) -> Backend | str:
     """Imports a backend; what stands in the way comes back as a sentence."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...reference import normalize
+from ...reference import mask_keys, normalize
 from ..inputs import Inputs
 from .pair import Batch, Block, GeometryGradient
 
@@ -25,7 +25,7 @@ class Coefficients:
         self, block: Block, f: Tensor, d_out: Tensor | None, d_row: Tensor | None
     ) -> None:
         normalizer = block.batch.inputs.normalizer
-        self.weights, _ = normalize(block.scores(f), block.mask, normalizer)
+        self.weights = normalize(block.scores(f), block.mask, normalizer)
         self.a = torch.zeros_like(self.weights)
         if d_out is not None:
             self.a = torch.einsum("bihd,bjhd->bhij", d_out, block.v)
@@ -35,7 +35,7 @@ class Coefficients:
             self.delta = (self.weights * self.a).sum(-1, keepdim=True)
             self.e = self.weights * (self.a - self.delta)
         else:
-            self.e = block.mask_keys(self.a)
+            self.e = mask_keys(self.a, block.mask)
 
 
 def attention_bwd(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference import normalize
+from ...reference import normalize, row_number
 from ..inputs import Inputs
-from .pair import Batch, Block
+from .pair import Batch
 
 
 def attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,9 @@ def attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
     batch = Batch(inputs)
     out, row = batch.zeros(*batch.q.shape), batch.zeros(*batch.q.shape[:3])
     for block in batch.blocks():
-        weights, row[block.at] = _weights(block)
+        s = block.scores(block.radial().value())
+        weights = normalize(s, block.mask, inputs.normalizer)
+        row[block.at] = row_number(s, block.mask, inputs.normalizer)
         out[block.at] = torch.einsum("bhij,bjhd->bihd", weights, block.v)
     return batch.store(out, inputs.q.dtype), batch.store(row, batch.dtype)
 
@@ -29,14 +31,10 @@ def attention_weights(inputs: Inputs) -> Tensor:
     num_molecules, num_atoms, num_heads, _ = batch.q.shape
     out = inputs.q.new_zeros(num_molecules, num_heads, num_atoms, num_atoms)
     for block in batch.blocks():
-        weights, _ = _weights(block)
+        s = block.scores(block.radial().value())
+        weights = normalize(s, block.mask, inputs.normalizer)
         if batch.mask is not None:
             weights = weights.masked_fill(~batch.mask[block.at][:, None, :, None], 0)
         (molecules, rows), (_, keys) = block.at, block.keys
         out[molecules, :, rows, keys] = weights.to(out.dtype)
     return out
-
-
-def _weights(block: Block) -> tuple[Tensor, Tensor]:
-    s = block.scores(block.radial().value())
-    return normalize(s, block.mask, block.batch.inputs.normalizer)

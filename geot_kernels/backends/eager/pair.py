@@ -15,7 +15,7 @@ from torch import Tensor
 from ...reference import PackedRows, compute_dtype, distances, products, scores, zero_padding
 from ...table import radial_coordinate
 from ..inputs import Inputs
-from .radial import Gaussians, Table
+from .radial import Gaussians, Table, differences
 
 _BLOCK_ELEMENTS = 1 << 21  # of a `[b, I, J, C]` tensor: 8 MB in float32
 
@@ -23,8 +23,12 @@ _BLOCK_ELEMENTS = 1 << 21  # of a `[b, I, J, C]` tensor: 8 MB in float32
 class Batch:
     """The operator's inputs, padded, in the compute dtype, with 0 in padded rows."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, radial_dot: Tensor | None = None) -> None:
         self.inputs = inputs
+        self.radial, self.radial_dot = inputs.radial, radial_dot
+        if inputs.radial.ndim == 4:
+            self.radial = differences(inputs.radial)
+            self.radial_dot = None if radial_dot is None else differences(radial_dot)
         self.dtype = compute_dtype(inputs.q.dtype)
         self.score, self.scale = inputs.score, inputs.scale
         self.packed: PackedRows | None = None
@@ -98,23 +102,19 @@ class Block:
             self.pair = inputs.pair_index.long()[types_i[:, :, None], types_j[:, None, :]]
         self.z, self.m = radial_coordinate(self.dist, inputs.affine, self.pair)
 
-    def radial(self, dot: Tensor | None = None) -> Table | Gaussians:
+    def radial(self) -> Table | Gaussians:
         """The radial function at the block's pairs, with the tangent of its parameters."""
-        inputs = self.batch.inputs
-        if inputs.radial.ndim == 2:
-            return Gaussians(inputs.radial, self.z, dot)
-        pair = self.pair if len(inputs.radial) > 1 else None
-        return Table(inputs.radial, self.z, pair, inputs.r_min, inputs.r_max, dot)
+        radial, dot, inputs = self.batch.radial, self.batch.radial_dot, self.batch.inputs
+        if radial.ndim == 2:
+            return Gaussians(radial, self.z, dot)
+        pair = self.pair if len(radial) > 1 else None
+        return Table(radial, self.z, pair, inputs.r_min, inputs.r_max, dot)
 
     @cached_property
     def direction(self) -> Tensor:
         """`u_ij [b, I, J, 3]`, 0 where the distance is 0."""
         apart = self.x_i[:, :, None] - self.x_j[:, None]
         return apart / torch.where(self.dist > 0, self.dist, 1).unsqueeze(-1)
-
-    def mask_keys(self, x: Tensor) -> Tensor:
-        """Puts 0 where `j` is padding in `x [b, H, I, J]`."""
-        return x if self.mask is None else x.masked_fill(~self.mask[:, None, None, :], 0)
 
     def scores(self, f: Tensor) -> Tensor:
         """`S [b, H, I, J]`."""

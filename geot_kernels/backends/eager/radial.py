@@ -15,28 +15,37 @@ from ...radial import gaussians
 from ...table import hermite, hermite_curvature, hermite_slope, knot_rows, locate
 
 
+def differences(knots: Tensor) -> Tensor:
+    """Rows `(y_g, s_g, y_{g+1} - y_g, s_{g+1})` of each interval: `[P, G, 4, C]`.
+
+    Differences of neighbours lose nothing; those of their weighted sums cost float32 a digit.
+    """
+    here, there = knots[:, :-1], knots[:, 1:]  # [P, G, 2, C]
+    rows = (here[:, :, 0], here[:, :, 1], there[:, :, 0] - here[:, :, 0], there[:, :, 1])
+    return torch.stack(rows, 2)
+
+
 class Table:
-    """A spline table `knots [P, G+1, 2, C]` at `z [...]`."""
+    """A spline table at `z [...]`, from the `differences` of its knots and of their tangent."""
 
     def __init__(
         self,
-        knots: Tensor,
+        steps: Tensor,
         z: Tensor,
         pair: Tensor | None,
         r_min: float,
         r_max: float,
         dot: Tensor | None,
     ) -> None:
-        intervals = knots.shape[1] - 1
-        self._steps = _differences(knots)
-        self._steps_dot = None if dot is None else _differences(dot)
+        intervals = steps.shape[1]
+        self._steps = steps.flatten(0, 2)  # [P * G * 4, C]
+        self._steps_dot = None if dot is None else dot.flatten(0, 2)
         g, self._t = locate(z, r_min, r_max, intervals)
         self._knot_rows = knot_rows(g, pair, intervals + 1)  # [..., 4]
         interval = g if pair is None else pair * intervals + g
         self._step_rows = 4 * interval.unsqueeze(-1) + torch.arange(4, device=z.device)
-        steps = intervals / (r_max - r_min)  # 1 / h
-        inside = (z >= r_min) & (z <= r_max)
-        self._per_h = inside.to(z.dtype).unsqueeze(-1) * steps  # constant beyond
+        inside = (z >= r_min) & (z <= r_max)  # constant beyond
+        self._per_h = inside.to(z.dtype).unsqueeze(-1) * (intervals / (r_max - r_min))
 
     def value(self) -> Tensor:
         """`f [..., C]`."""
@@ -82,16 +91,6 @@ class Table:
     def _scatter(self, grad: Tensor, weights: Tensor, g: Tensor) -> None:
         terms = (weights.unsqueeze(-1) * g.unsqueeze(-2)).flatten(0, -2)  # [pairs * 4, C]
         grad.flatten(0, 2).index_add_(0, self._knot_rows.flatten(), terms)
-
-
-def _differences(knots: Tensor) -> Tensor:
-    """Rows `(y_g, s_g, y_{g+1} - y_g, s_{g+1})` of each interval: `[P * G * 4, C]`.
-
-    Differences of neighbours lose nothing; those of their weighted sums cost float32 a digit.
-    """
-    here, there = knots[:, :-1], knots[:, 1:]  # [P, G, 2, C]
-    rows = (here[:, :, 0], here[:, :, 1], there[:, :, 0] - here[:, :, 0], there[:, :, 1])
-    return torch.stack(rows, 2).flatten(0, 2)
 
 
 class Gaussians:

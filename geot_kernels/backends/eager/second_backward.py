@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...reference import mask_keys
 from ...table import radial_coordinate
 from ..inputs import Inputs, Tangent
 from .backward import Coefficients
@@ -34,7 +35,7 @@ def attention_bwd_bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Computes those gradients of `(d_out, d_row, *six inputs)` that `needs` asks for."""
-    batch = Batch(inputs)
+    batch = Batch(inputs, tangent.radial)
     pulled = [None if x is None else batch.load(x) for x in (d_out, d_row)]
     q_dot, k_dot, v_dot, x_dot = (None if x is None else batch.load(x) for x in tangent[:4])
     grad_d_out, gq, gk, gv = (batch.zeros(*batch.q.shape) for _ in range(4))
@@ -45,7 +46,7 @@ def attention_bwd_bwd(
         at, keys, q, k = block.at, block.keys, block.q, block.k
         dot = _BlockTangent(block, q_dot, k_dot, v_dot, x_dot, tangent.affine)
         d_out_i, d_row_i = (None if x is None else x[at] for x in pulled)
-        radial = block.radial(tangent.radial)
+        radial = block.radial()
         f, f1 = radial.value(), radial.slope()
         f_dot = _sum(None if dot.z is None else f1 * dot.z.unsqueeze(-1), radial.tangent())
         c = Coefficients(block, f, d_out_i, d_row_i)
@@ -151,8 +152,8 @@ def _normalizer_tangent(
 ) -> tuple[Tensor, Tensor]:
     """Computes `Ṗ` and `S̄ [b, H, I, J]`."""
     if block.batch.inputs.normalizer == "linear":
-        s_bar = torch.zeros_like(s_dot) if a_dot is None else block.mask_keys(a_dot)
-        return block.mask_keys(s_dot), s_bar
+        s_bar = torch.zeros_like(s_dot) if a_dot is None else mask_keys(a_dot, block.mask)
+        return mask_keys(s_dot, block.mask), s_bar
     rho = (c.weights * s_dot).sum(-1, keepdim=True)
     g = s_dot * (c.a - c.delta) - rho * c.a
     if a_dot is not None:
