@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | lint | clean; each sets up what it needs.
+# make demo | test | test-gpu | lint | kernels | clean; each sets up what it needs.
 #
 # PYTHON is the interpreter that makes the environment VENV. To use an environment of your own
 # instead, as it is and without installing anything: make test-gpu PY=python3
@@ -9,24 +9,26 @@ INSTALLED := $(VENV)/.installed
 
 ifeq ($(origin PY),command line)
 SETUP :=
+KERNELS :=
 else
 PY := $(VENV)/bin/python
 SETUP := $(INSTALLED)
+KERNELS := kernels
 endif
 PYTEST := $(PY) -m pytest $(PYTEST_ARGS)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu lint kernels clean
 
-demo: $(INSTALLED)
+demo: kernels
 	$(VENV)/bin/geot demo
 
 # T0, without the marker gpu (pyproject.toml). The Triton kernels under TRITON_INTERPRET=1 (T1) come as a
 # second pytest process below this one: in one process a function cannot be interpreted and compiled.
-test: $(SETUP)
+test: $(KERNELS)
 	$(PYTEST)
 
-test-gpu: $(SETUP)
+test-gpu: $(KERNELS)
 	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("make test-gpu: torch %s sees no CUDA device" % torch.__version__)'
 	$(PYTEST) -m gpu
 
@@ -36,9 +38,13 @@ lint: $(SETUP)
 	$(PY) -m mypy
 	$(if $(CXX_FILES),PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(CXX_FILES))
 
+# Compiles the C++ kernels into the package: what has changed since the last time, or nothing.
+kernels: $(INSTALLED)
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+
 # The environment stays; to make it anew, delete it.
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info geot_kernels/libgeot_* .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt scripts/setup.sh

@@ -1,13 +1,16 @@
-"""The report of what runs here: `python -m geot_kernels`."""
+"""The report of what runs here: `python -m geot_kernels`; its command `build` compiles."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
 from . import __version__, available_backends
+from .backends.native import compile_library
 
 
 def report() -> str:
@@ -33,5 +36,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Prints the report, or compiles the C++ kernels; returns an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m geot_kernels", description="Says what runs here, and why something cannot."
+    )
+    parser.add_argument(
+        "command", nargs="?", choices=["build"], help="compile the C++ kernels for this machine"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the compiler's calls")
+    arguments = parser.parse_args()
+    if arguments.command == "build":
+        return compile_library(arguments.verbose)
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,5 +31,5 @@ unpinned=triton
 has torch || install torch
 unpinned=torch
 ! has triton || unpinned='torch|triton'
-install setuptools
+install setuptools ninja # to compile the kernels, in the next line
 install --no-build-isolation --editable '.[dev]'
