@@ -40,6 +40,12 @@ struct BackwardAtoms : Atoms<T> {
     if (wanted.geometry) dx.layout(arena, rows);
   }
 
+  static void prefetch(const BackwardCall<T>& call, const Molecule& m, Group group) {
+    Atoms<T>::prefetch(call.inputs, m, group);
+    cpu::GEOT_ISA::prefetch(call.d_out, m, group, call.inputs.head_dim);
+    cpu::GEOT_ISA::prefetch(call.out, m, group, call.inputs.head_dim);
+  }
+
   void begin(const BackwardCall<T>& call, const Molecule& m, Group group) {
     const Inputs<T>& inputs = call.inputs;
     this->pack(inputs, m, group);
@@ -98,6 +104,9 @@ class BackwardWorker {
     for (int64_t n = job.first_item; n < job.last_item; ++n) {
       const Item& item = schedule_.items[n];
       const Molecule& m = schedule_.molecules[item.molecule];
+      if (const Molecule* next = next_small(schedule_, job, n)) {
+        BackwardAtoms<T>::prefetch(call_, *next, group_);
+      }
       if (m.large < 0) {
         atoms_.begin(call_, m, group_);
         run_tiles(atoms_, 0, m.count, 0, m.count);
@@ -108,7 +117,10 @@ class BackwardWorker {
                   m.chunk_begin(item.keys + 1));
       }
     }
-    if (wanted_.radial) score_.add_gradient_to(shared_.d_radial.part(part));
+    if (wanted_.radial) {
+      score_.add_gradient_to(shared_.d_radial.part(part),
+                             schedule_.one_job_a_part ? Into::kSet : Into::kAdd);
+    }
   }
 
  private:
@@ -129,7 +141,7 @@ class BackwardWorker {
   }
 
   void run_block(const BackwardAtoms<T>& atoms, const Block& block) {
-    pairs_.compute(atoms, block);
+    pairs_.compute(atoms, block, wanted_.geometry ? 1 : 0);
     score_.begin_block(pairs_, block, wanted_.geometry);
     for (int64_t h = 0; h < group_.count; ++h) {
       coefficients(atoms, block, h, score_.scores(h));

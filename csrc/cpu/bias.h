@@ -16,75 +16,84 @@ class BiasTable {
  public:
   BiasTable(Arena& arena, const Inputs<T>& inputs, bool has_dot, bool sums_gradient)
       : radial_(inputs.radial) {
-    table_.layout(arena, radial_, inputs.num_heads, kHeads);
-    if (has_dot) dot_.layout(arena, radial_, inputs.num_heads, kHeads);
-    if (sums_gradient) gradient_.layout(arena, radial_, inputs.num_heads, kHeads);
+    table_.layout(arena, radial_, inputs.num_heads, 1, kHeads);
+    if (has_dot) dot_.layout(arena, radial_, inputs.num_heads, 1, kHeads);
+    if (sums_gradient) gradient_.layout(arena, radial_, inputs.num_heads, 1, kHeads);
   }
 
   void select(Group group, const T* dot) {
     group_ = group;
-    table_.set(radial_.data, group.first, group.count);
-    if (dot != nullptr) dot_.set(dot, group.first, group.count);
+    table_.set(radial_.data, group.first, 1, group.count);
+    if (dot != nullptr) dot_.set(dot, group.first, 1, group.count);
   }
   void begin_gradient() { gradient_.zero(); }
-  void add_gradient_to(T* d_radial) const {
-    gradient_.add_to(d_radial, group_.first, group_.count);
+  void add_gradient_to(T* d_radial, Into into) const {
+    gradient_.add_to(d_radial, group_.first, 1, group_.count, into);
   }
 
   void values(const Pairs<T>& pairs, const Block& block, PairsOfHeads<T>& f) {
-    look_up<1>(pairs, block, {&f},
-               [](const Cubic<V>& c, T t, int64_t, V(&x)[1]) { x[0] = c.value(t); });
+    look_up<1>(pairs, block, {&f}, [&](const Knots<V>& k, int64_t at, V(&x)[1]) {
+      x[0] = value(k, pairs.value.at(at));
+    });
   }
   void values_and_slopes(const Pairs<T>& pairs, const Block& block, PairsOfHeads<T>& f,
                          PairsOfHeads<T>& slope) {
-    look_up<2>(pairs, block, {&f, &slope}, [](const Cubic<V>& c, T t, int64_t, V(&x)[2]) {
-      x[0] = c.value(t);
-      x[1] = c.slope(t);
+    look_up<2>(pairs, block, {&f, &slope}, [&](const Knots<V>& k, int64_t at, V(&x)[2]) {
+      x[0] = value(k, pairs.value.at(at));
+      x[1] = derivative(k, pairs.slope.at(at));
     });
   }
   // f̃ = f' u̇ + ḟ and, with `with_slope`, its derivative f'' u̇ + ḟ'.
   void tangents(const Pairs<T>& pairs, const Block& block, bool with_slope,
                 PairsOfHeads<T>& tangent, PairsOfHeads<T>& tangent_slope) {
+    const auto dot = dot_;
     if (with_slope) {
       look_up<2>(pairs, block, {&tangent, &tangent_slope},
-                 [&](const Cubic<V>& c, T t, int64_t at, V(&x)[2]) {
-                   x[0] = c.slope(t) * pairs.u_dot[at];
-                   x[1] = c.curvature(t) * pairs.u_dot[at];
-                   if (dot_) {
-                     const auto c_dot = dot_.cubic(pairs.interval[at], 0);
-                     x[0] += c_dot.value(t);
-                     x[1] += c_dot.slope(t);
+                 [&](const Knots<V>& k, int64_t at, V(&x)[2]) {
+                   x[0] = derivative(k, pairs.slope.at(at)) * pairs.u_dot[at];
+                   x[1] = derivative(k, pairs.curvature.at(at)) * pairs.u_dot[at];
+                   if (dot) {
+                     const auto k_dot = dot.at(pairs.knot[at], 0);
+                     x[0] += value(k_dot, pairs.value.at(at));
+                     x[1] += derivative(k_dot, pairs.slope.at(at));
                    }
                  });
     } else {
-      look_up<1>(pairs, block, {&tangent}, [&](const Cubic<V>& c, T t, int64_t at, V(&x)[1]) {
-        x[0] = c.slope(t) * pairs.u_dot[at];
-        if (dot_) x[0] += dot_.cubic(pairs.interval[at], 0).value(t);
+      look_up<1>(pairs, block, {&tangent}, [&](const Knots<V>& k, int64_t at, V(&x)[1]) {
+        x[0] = derivative(k, pairs.slope.at(at)) * pairs.u_dot[at];
+        if (dot) x[0] += value(dot.at(pairs.knot[at], 0), pairs.value.at(at));
       });
     }
   }
 
   // Weights `g` on the values.
   void pull(const Pairs<T>& pairs, const Block& block, const PairsOfHeads<T>& g) {
+    const auto gradient = gradient_;
     for_each_octet(block, [&](int64_t at, int64_t lanes) {
       V row[kHeads];
       gather(g, at, row);
       for (int64_t i = 0; i < lanes; ++i) {
-        gradient_.add(pairs.interval[at + i], 0, adjoint_of_value(row[i], pairs.u[at + i]));
+        const int64_t knot = pairs.knot[at + i];
+        Knots<V> sums = gradient.at(knot, 0);
+        pull_value(sums, pairs.value.at(at + i), row[i]);
+        gradient.put(knot, 0, sums);
       }
     });
   }
   // Weights `g` on the values and `g_dot` u̇ on the slopes.
   void pull_second(const Pairs<T>& pairs, const Block& block, const PairsOfHeads<T>& g,
                    const PairsOfHeads<T>& g_dot) {
+    const auto gradient = gradient_;
     for_each_octet(block, [&](int64_t at, int64_t lanes) {
       V row[kHeads], row_dot[kHeads];
       gather(g, at, row);
       gather(g_dot, at, row_dot);
       for (int64_t i = 0; i < lanes; ++i) {
-        gradient_.add(
-            pairs.interval[at + i], 0,
-            adjoint_of_value_and_slope(row[i], row_dot[i] * pairs.u_dot[at + i], pairs.u[at + i]));
+        const int64_t knot = pairs.knot[at + i];
+        Knots<V> sums = gradient.at(knot, 0);
+        pull_value(sums, pairs.value.at(at + i), row[i]);
+        pull_derivative(sums, pairs.slope.at(at + i), row_dot[i] * pairs.u_dot[at + i]);
+        gradient.put(knot, 0, sums);
       }
     });
   }
@@ -103,16 +112,18 @@ class BiasTable {
     }
   }
 
-  // evaluate(cubics of a pair's heads, t, place of the pair, the K rows wanted)
+  // evaluate(knots of a pair's heads, place of the pair, the K rows wanted)
   template <int K, class Evaluate>
   GEOT_INLINE void look_up(const Pairs<T>& pairs, const Block& block,
                            PairsOfHeads<T>* const (&out)[K], Evaluate evaluate) const {
+    const auto table = table_;
+    const int64_t heads = group_.count;
     for_each_octet(block, [&](int64_t at, int64_t) {
       V row[K][kHeads];
 #pragma GCC unroll 8
       for (int i = 0; i < kHeads; ++i) {
         V x[K];
-        evaluate(table_.cubic(pairs.interval[at + i], 0), pairs.u[at + i], at + i, x);
+        evaluate(table.at(pairs.knot[at + i], 0), at + i, x);
 #pragma GCC unroll 2
         for (int k = 0; k < K; ++k) row[k][i] = x[k];
       }
@@ -121,7 +132,7 @@ class BiasTable {
         transpose(row[k]);
 #pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) {
-          if (h < group_.count) store((*out[k])[h] + at, row[k][h]);
+          if (h < heads) store((*out[k])[h] + at, row[k][h]);
         }
       }
     });
@@ -135,7 +146,7 @@ class BiasTable {
 
   const Radial<T>& radial_;
   Group group_{};
-  Cubics<T, kHeads> table_, dot_, gradient_;
+  KnotTable<T, kHeads> table_, dot_, gradient_;
 };
 
 template <class T, class RadialFunction>
@@ -157,7 +168,7 @@ class BiasScore {
     radial_.select(group, radial_dot);
   }
   void begin_gradient() { radial_.begin_gradient(); }
-  void add_gradient_to(T* d_radial) const { radial_.add_gradient_to(d_radial); }
+  void add_gradient_to(T* d_radial, Into into) const { radial_.add_gradient_to(d_radial, into); }
 
   void begin_tile(const Atoms<T>& atoms, const Tile& tile) {
     atoms_ = &atoms;

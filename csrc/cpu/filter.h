@@ -1,7 +1,8 @@
 // The score S_ij = κ Σ_c q_ic k_jc f_hc(z_ij), its tangent and their adjoints, head by head.
 //
 // The lanes of a vector are the channels c. A filter serves both directions, f_c(z_ij) = f_c(z_ji):
-// in a block on the diagonal each pair of atoms is looked up, and its gradient added, once.
+// in a block on the diagonal, where i and j are the same atoms, each pair i <= j is looked up, and
+// its gradient added, once.
 #pragma once
 
 #include "../common/score.h"
@@ -15,12 +16,10 @@ class FilterScore {
  public:
   FilterScore(Arena& arena, const Inputs<T>& inputs, const Sizes<T>& sizes, bool has_radial_dot,
               bool sums_radial)
-      : inputs_(inputs), sizes_(sizes), has_dot_(has_radial_dot) {
-    for (int64_t h = 0; h < sizes.heads_per_group; ++h) {
-      layout(arena, table_[h]);
-      if (has_radial_dot) layout(arena, dot_[h]);
-      if (sums_radial) layout(arena, gradient_[h]);
-    }
+      : inputs_(inputs), sizes_(sizes) {
+    layout(arena, table_);
+    if (has_radial_dot) layout(arena, dot_);
+    if (sums_radial) layout(arena, gradient_);
     for (T** x : {&value_, &slope_, &tangent_, &tangent_slope_}) {
       *x = arena.take<T>(kKeys * kRows * sizes.width);
     }
@@ -28,18 +27,12 @@ class FilterScore {
 
   void select(Group group, const T* radial_dot) {
     group_ = group;
-    for (int64_t h = 0; h < group.count; ++h) {
-      table_[h].set(inputs_.radial.data, first_channel(h), inputs_.head_dim);
-      if (has_dot_) dot_[h].set(radial_dot, first_channel(h), inputs_.head_dim);
-    }
+    table_.set(inputs_.radial.data, first_channel(), group.count, inputs_.head_dim);
+    if (dot_) dot_.set(radial_dot, first_channel(), group.count, inputs_.head_dim);
   }
-  void begin_gradient() {
-    for (int64_t h = 0; h < group_.count; ++h) gradient_[h].zero();
-  }
-  void add_gradient_to(T* d_radial) const {
-    for (int64_t h = 0; h < group_.count; ++h) {
-      gradient_[h].add_to(d_radial, first_channel(h), inputs_.head_dim);
-    }
+  void begin_gradient() { gradient_.zero(); }
+  void add_gradient_to(T* d_radial, Into into) const {
+    gradient_.add_to(d_radial, first_channel(), group_.count, inputs_.head_dim, into);
   }
 
   void begin_tile(const Atoms<T>& atoms, const Tile&) { atoms_ = &atoms; }
@@ -58,57 +51,31 @@ class FilterScore {
   // S [J, I] of a head. What it points to may be written over until the next head.
   T* scores(int64_t h) {
     look_up(h);
-    clear(s_);
-    in_steps([&](auto chunks, int64_t c) {
-      reduce<1>(chunks, c, kOrdered, {s_}, [&](const Place& at, int64_t cc, V(&sum)[1]) {
-        const FilterChannel<V> x = channel<false>(h, at.i, at.j, cc);
-        sum[0] += x.term(load<V>(value_ + at.filter + cc));
-      });
-    });
+    const T* value = value_;
+    sum_channels<false>(
+        h, s_, [=](const FilterChannel<V>& x, int64_t at) { return x.term(load<V>(value + at)); });
     return s_;
   }
   // Ṡ [J, I] of a head, likewise.
   T* score_tangents(int64_t h) {
-    if (dots_->moves_radial) look_up_tangent(h);
-    clear(s_dot_);
-    const auto with = [&](auto has_dots) {
-      in_steps([&](auto chunks, int64_t c) {
-        reduce<1>(chunks, c, kOrdered, {s_dot_}, [&](const Place& at, int64_t cc, V(&sum)[1]) {
-          const FilterChannel<V> x = channel<has_dots.value>(h, at.i, at.j, cc);
-          sum[0] += x.term_tangent(load<V>(value_ + at.filter + cc), tangent(at, cc));
-        });
-      });
+    const bool moves = dots_->moves_radial;
+    if (moves) look_up_tangent(h);
+    const T *value = value_, *tangent = tangent_;
+    const auto term = [=](const FilterChannel<V>& x, int64_t at) {
+      return x.term_tangent(load<V>(value + at), moves ? load<V>(tangent + at) : V{});
     };
-    has_dots() ? with(std::true_type{}) : with(std::false_type{});
+    dots_->q ? sum_channels<true>(h, s_dot_, term) : sum_channels<false>(h, s_dot_, term);
     return s_dot_;
   }
 
   // The adjoint of `scores`: E, in the place of S.
   void pull(int64_t h, const Wanted& wanted, const Gradients<T>& to) {
-    if (wanted.q || wanted.k) {
-      for_each_ordered(h, to, [&](const Place& at, int64_t c, V q, V k, V& dq, V& dk) {
-        const V ef = s_[at.pair] * load<V>(value_ + at.filter + c);
-        dq += ef * k;
-        dk += ef * q;
-      });
-    }
-    if (!wanted.geometry && !wanted.radial) return;
-    in_steps([&](auto chunks, int64_t c) {
-      reduce<1>(chunks, c, kOnce, {b_}, [&](const Place& at, int64_t cc, V(&sum)[1]) {
-        V g = channel<false>(h, at.i, at.j, cc).pull(s_[at.pair]);
-        if (at.back >= 0) g += channel<false>(h, at.j, at.i, cc).pull(s_[at.back]);
-        if (wanted.geometry) sum[0] += g * load<V>(slope_ + at.filter + cc);
-        if (wanted.radial) {
-          gradient_[h].add(pairs_->interval[at.pair], cc, adjoint_of_value(g, pairs_->u[at.pair]));
-        }
-      });
-    });
+    pull_pairs<Order::kFirst, false>(h, wanted, to);
   }
-
   // The adjoint of `score_tangents` and of `scores`: E in the place of S, S̄ in that of Ṡ.
   void pull_second(int64_t h, const Wanted& wanted, const Gradients<T>& to) {
-    const auto with = [&](auto has_dots) { pull_second_with<has_dots.value>(h, wanted, to); };
-    has_dots() ? with(std::true_type{}) : with(std::false_type{});
+    dots_->q ? pull_pairs<Order::kSecond, true>(h, wanted, to)
+             : pull_pairs<Order::kSecond, false>(h, wanted, to);
   }
 
   void end_block(const Wanted&) {}
@@ -119,182 +86,253 @@ class FilterScore {
  private:
   using V = Vec<T>;
   static constexpr int W = kWidth<T>;
-  static constexpr int kMostHeads = 8;
+  enum class Order { kFirst, kSecond };
 
-  // A pair of a block: its atoms there, its place in [J, I], that of its way back where a loop
-  // visits it only once (else -1), and where its filter is.
-  struct Place {
-    int64_t i, j, pair, back, filter;
-  };
-  enum Visits { kOrdered, kOnce };  // on the diagonal: each pair in both directions, or for both
-
-  int64_t first_channel(int64_t h) const { return (group_.first + h) * inputs_.head_dim; }
-  void layout(Arena& arena, Cubics<T, W>& cubics) const {
-    cubics.layout(arena, inputs_.radial, inputs_.num_channels(), sizes_.width);
+  int64_t first_channel() const { return group_.first * inputs_.head_dim; }
+  void layout(Arena& arena, KnotTable<T, W>& table) const {
+    table.layout(arena, inputs_.radial, inputs_.num_channels(), sizes_.heads_per_group,
+                 sizes_.width);
   }
   static void clear(PairNumbers<T>& x) { std::memset(static_cast<void*>(x), 0, sizeof(x)); }
-  bool has_dots() const { return bool(dots_->q); }
 
-  GEOT_INLINE Place place(int64_t i, int64_t j, Visits visits) const {
-    const int64_t pair = j * kRows + i, back = i * kRows + j;
-    const bool diagonal = block_.is_diagonal();
-    return {i, j, pair, diagonal && visits == kOnce && i != j ? back : -1,
-            (diagonal && i > j ? back : pair) * sizes_.width};
-  }
-  GEOT_INLINE int64_t end_of(int64_t j, Visits visits) const {
-    return visits == kOnce && block_.is_diagonal() ? j + 1 : block_.tile.rows;
-  }
-
-  // In a diagonal block an atom's number is the same among queries and keys.
+  // A vector of channels of one atom's features; in a diagonal block the atom is query and key.
+  struct Atom {
+    V q, k, q_dot, k_dot;
+  };
+  // Where such vectors are, for a head.
   template <bool kDots>
-  GEOT_INLINE FilterChannel<V> channel(int64_t h, int64_t i, int64_t j, int64_t c) const {
-    const int64_t n = block_.tile.first + i, m = block_.first + j;
-    FilterChannel<V> x{load<V>(atoms_->q.at(h, n) + c), load<V>(atoms_->k.at(h, m) + c), V{}, V{}};
-    if constexpr (kDots) {
-      x.q_dot = load<V>(dots_->q.at(h, n) + c);
-      x.k_dot = load<V>(dots_->k.at(h, m) + c);
+  struct Reader {
+    const T *q, *k, *q_dot, *k_dot;
+    int64_t width;
+
+    GEOT_INLINE Atom query(int64_t i, int64_t c) const {
+      return {load<V>(q + i * width + c), V{}, kDots ? load<V>(q_dot + i * width + c) : V{}, V{}};
     }
-    return x;
+    GEOT_INLINE Atom key(int64_t j, int64_t c) const {
+      return {V{}, load<V>(k + j * width + c), V{}, kDots ? load<V>(k_dot + j * width + c) : V{}};
+    }
+    GEOT_INLINE Atom both(int64_t i, int64_t c) const {
+      const Atom a = query(i, c), b = key(i, c);
+      return {a.q, b.k, a.q_dot, b.k_dot};
+    }
+  };
+  template <bool kDots>
+  Reader<kDots> reader(int64_t h) const {
+    const int64_t i = block_.tile.first, j = block_.first;
+    return {atoms_->q.at(h, i), atoms_->k.at(h, j), kDots ? dots_->q.at(h, i) : nullptr,
+            kDots ? dots_->k.at(h, j) : nullptr, sizes_.width};
   }
-  GEOT_INLINE V tangent(const Place& at, int64_t c) const {
-    return dots_->moves_radial ? load<V>(tangent_ + at.filter + c) : V{};
+  static GEOT_INLINE FilterChannel<V> channel(const Atom& query, const Atom& key) {
+    return {query.q, key.k, query.q_dot, key.k_dot};
   }
 
-  // body(how many vectors of channels at once, first channel)
-  template <class Body>
-  GEOT_INLINE void in_steps(Body body) const {
-    int64_t c = 0;
-    for (; c + 4 * W <= sizes_.width; c += 4 * W) body(std::integral_constant<int, 4>{}, c);
-    for (; c + 2 * W <= sizes_.width; c += 2 * W) body(std::integral_constant<int, 2>{}, c);
-    for (; c < sizes_.width; c += W) body(std::integral_constant<int, 1>{}, c);
-  }
-
-  // Adds to each `out` [J, I] the sum over the channels of what body(place, c, sums) adds to sums.
-  template <int K, int kChunks, class Body>
-  GEOT_INLINE void reduce(std::integral_constant<int, kChunks>, int64_t c, Visits visits,
-                          T* const (&out)[K], Body body) const {
-    for (int64_t j = 0; j < block_.keys; ++j) {
-      const int64_t end = end_of(j, visits);
-      for (int64_t first = 0; first < end; first += W) {
-        V sums[K][W];
+  // out [I] += the sums of the rows of terms [I, W].
+  static GEOT_INLINE void add_sums(const T* terms, int64_t rows, T* out) {
+    for (int64_t first = 0; first < rows; first += W) {
+      V r[W];
 #pragma GCC unroll 16
-        for (int e = 0; e < W; ++e) {
-          V sum[K] = {};
-          if (first + e < end) {
-            const Place at = place(first + e, j, visits);
-#pragma GCC unroll 4
-            for (int n = 0; n < kChunks; ++n) body(at, c + n * W, sum);
+      for (int e = 0; e < W; ++e) r[e] = load<V>(terms + (first + e) * W);
+      const V sums = sums_of(r);
+      const auto is_row = lane_numbers<V>() < Integer<T>(rows - first);
+      store(out + first, load<V>(out + first) + (is_row ? sums : V{}));
+    }
+  }
+
+  // out [J, I] = Σ_c term(channel c of the pair, its place among the filters)
+  template <bool kDots, class Term>
+  void sum_channels(int64_t h, T* out, Term term) {
+    const Reader<kDots> atoms = reader<kDots>(h);
+    const int64_t keys = block_.keys, rows = block_.tile.rows, width = sizes_.width;
+    const bool diagonal = block_.is_diagonal();
+    T *terms = terms_[0], *terms_back = terms_[1];
+    std::memset(static_cast<void*>(out), 0, sizeof(PairNumbers<T>));
+    for (int64_t c = 0; c < width; c += W) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const int64_t filters = j * kRows * width + c;
+        if (!diagonal) {
+          const Atom key = atoms.key(j, c);
+          for (int64_t i = 0; i < rows; ++i) {
+            store(terms + i * W, term(channel(atoms.query(i, c), key), filters + i * width));
           }
-#pragma GCC unroll 2
-          for (int k = 0; k < K; ++k) sums[k][e] = sum[k];
+          add_sums(terms, rows, out + j * kRows);
+          continue;
         }
-#pragma GCC unroll 2
-        for (int k = 0; k < K; ++k) {
-          T* to = out[k] + j * kRows + first;
-          store(to, load<V>(to) + sums_of(sums[k]));
+        const Atom at_j = atoms.both(j, c);
+        for (int64_t i = 0; i <= j; ++i) {
+          const Atom at_i = atoms.both(i, c);
+          store(terms + i * W, term(channel(at_i, at_j), filters + i * width));
+          store(terms_back + i * W, term(channel(at_j, at_i), filters + i * width));
         }
+        add_sums(terms, j + 1, out + j * kRows);
+        alignas(64) T back[kRows] = {};
+        add_sums(terms_back, j, back);
+        for (int64_t i = 0; i < j; ++i) out[i * kRows + j] += back[i];
       }
     }
   }
 
-  // body(place, c, q_i, k_j, sum of grad q_i, sum of grad k_j) for all ordered pairs.
+  // body(place in [J, I]) for each filter of the block.
   template <class Body>
-  GEOT_INLINE void for_each_ordered(int64_t h, const Gradients<T>& to, Body body) const {
-    for (int64_t c = 0; c < sizes_.width; c += W) {
-      for (int64_t j = 0; j < block_.keys; ++j) {
-        const V k = load<V>(atoms_->k.at(h, block_.first + j) + c);
-        T* dk_at = to.k.at(h, block_.first + j) + c;
-        V dk = load<V>(dk_at);
-        for (int64_t i = 0; i < block_.tile.rows; ++i) {
-          T* dq_at = to.q.at(h, block_.tile.first + i) + c;
-          V dq = load<V>(dq_at);
-          body(place(i, j, kOrdered), c, load<V>(atoms_->q.at(h, block_.tile.first + i) + c), k, dq,
-               dk);
-          store(dq_at, dq);
-        }
-        store(dk_at, dk);
-      }
+  GEOT_INLINE void for_each_filter(Body body) const {
+    const bool diagonal = block_.is_diagonal();
+    for (int64_t j = 0; j < block_.keys; ++j) {
+      const int64_t end = diagonal ? j + 1 : block_.tile.rows;
+      for (int64_t i = 0; i < end; ++i) body(j * kRows + i);
     }
   }
-
   void look_up(int64_t h) {
-    for_each_filter([&](int64_t pair, int64_t c) {
-      const Cubic<V> f = table_[h].cubic(pairs_->interval[pair], c);
-      store(value_ + pair * sizes_.width + c, f.value(pairs_->u[pair]));
-      if (needs_slope_) store(slope_ + pair * sizes_.width + c, f.slope(pairs_->u[pair]));
+    const auto table = table_.of_head(h);
+    const Pairs<T>& pairs = *pairs_;
+    const int64_t width = sizes_.width;
+    T *values = value_, *slopes = needs_slope_ ? slope_ : nullptr;
+    for_each_filter([=, &pairs](int64_t pair) {
+      for (int64_t c = 0; c < width; c += W) {
+        const Knots<V> k = table.at(pairs.knot[pair], c);
+        store(values + pair * width + c, value(k, pairs.value.at(pair)));
+        if (slopes) store(slopes + pair * width + c, derivative(k, pairs.slope.at(pair)));
+      }
     });
   }
   // f̃ = f' u̇ + ḟ, and its derivative f'' u̇ + ḟ'.
   void look_up_tangent(int64_t h) {
-    for_each_filter([&](int64_t pair, int64_t c) {
-      const T t = pairs_->u[pair], u_dot = pairs_->u_dot[pair];
-      const Cubic<V> f = table_[h].cubic(pairs_->interval[pair], c);
-      V tangent = u_dot * f.slope(t), slope = u_dot * f.curvature(t);
-      if (has_dot_) {
-        const Cubic<V> f_dot = dot_[h].cubic(pairs_->interval[pair], c);
-        tangent += f_dot.value(t);
-        slope += f_dot.slope(t);
+    const auto table = table_.of_head(h), dot = dot_.of_head(h);
+    const Pairs<T>& pairs = *pairs_;
+    const int64_t width = sizes_.width;
+    T *tangents = tangent_, *slopes = needs_tangent_slope_ ? tangent_slope_ : nullptr;
+    for_each_filter([=, &pairs](int64_t pair) {
+      const T u_dot = pairs.u_dot[pair];
+      for (int64_t c = 0; c < width; c += W) {
+        const Knots<V> k = table.at(pairs.knot[pair], c);
+        V tangent = u_dot * derivative(k, pairs.slope.at(pair)), slope{};
+        if (slopes) slope = u_dot * derivative(k, pairs.curvature.at(pair));
+        if (dot) {
+          const Knots<V> k_dot = dot.at(pairs.knot[pair], c);
+          tangent += value(k_dot, pairs.value.at(pair));
+          if (slopes) slope += derivative(k_dot, pairs.slope.at(pair));
+        }
+        store(tangents + pair * width + c, tangent);
+        if (slopes) store(slopes + pair * width + c, slope);
       }
-      store(tangent_ + pair * sizes_.width + c, tangent);
-      if (needs_tangent_slope_) store(tangent_slope_ + pair * sizes_.width + c, slope);
     });
-  }
-  template <class Body>
-  GEOT_INLINE void for_each_filter(Body body) const {
-    for (int64_t j = 0; j < block_.keys; ++j) {
-      for (int64_t i = 0; i < end_of(j, kOnce); ++i) {
-        for (int64_t c = 0; c < sizes_.width; c += W) body(j * kRows + i, c);
-      }
-    }
   }
 
-  template <bool kDots>
-  void pull_second_with(int64_t h, const Wanted& wanted, const Gradients<T>& to) {
-    if (wanted.q || wanted.k) {
-      for_each_ordered(h, to, [&](const Place& at, int64_t c, V q, V k, V& dq, V& dk) {
-        const FilterChannel<V> x = channel<kDots>(h, at.i, at.j, c);
-        const V f = load<V>(value_ + at.filter + c), f_dot = tangent(at, c);
-        const T e = s_[at.pair], s_bar = s_dot_[at.pair];
-        dq += filter_pull_second(e, s_bar, k, x.k_dot, f, f_dot);
-        dk += filter_pull_second(e, s_bar, q, x.q_dot, f, f_dot);
-      });
-    }
-    if (!wanted.geometry && !wanted.radial) return;
-    in_steps([&](auto chunks, int64_t c) {
-      reduce<2>(chunks, c, kOnce, {b_, e_dot_}, [&](const Place& at, int64_t cc, V(&sum)[2]) {
-        const FilterChannel<V> x = channel<kDots>(h, at.i, at.j, cc);
-        V g = x.pull_second(s_[at.pair], s_dot_[at.pair]), g_dot = x.pull(s_[at.pair]);
-        if (at.back >= 0) {
-          const FilterChannel<V> y = channel<kDots>(h, at.j, at.i, cc);
-          g += y.pull_second(s_[at.back], s_dot_[at.back]);
-          g_dot += y.pull(s_[at.back]);
-        }
-        if (wanted.geometry) {
-          const V slope = load<V>(slope_ + at.filter + cc);
-          sum[0] += g * slope;
-          sum[1] += g_dot * slope;
-          if (dots_->moves_radial) sum[0] += g_dot * load<V>(tangent_slope_ + at.filter + cc);
-        }
-        if (wanted.radial) {
-          gradient_[h].add(
-              pairs_->interval[at.pair], cc,
-              adjoint_of_value_and_slope(g, g_dot * pairs_->u_dot[at.pair], pairs_->u[at.pair]));
-        }
-      });
-    });
+  template <Order kOrder, bool kDots>
+  void pull_pairs(int64_t h, const Wanted& wanted, const Gradients<T>& to) {
+    const auto with = [&](auto diagonal, auto features) {
+      pull_pairs_of<kOrder, kDots, diagonal.value, features.value>(h, wanted, to);
+    };
+    const auto with_block = [&](auto features) {
+      block_.is_diagonal() ? with(std::true_type{}, features) : with(std::false_type{}, features);
+    };
+    wanted.q || wanted.k ? with_block(std::true_type{}) : with_block(std::false_type{});
   }
+
+  template <Order kOrder, bool kDots, bool kDiagonal, bool kFeatures>
+  void pull_pairs_of(int64_t h, const Wanted& wanted, const Gradients<T>& to) {
+    constexpr bool kSecond = kOrder == Order::kSecond;
+    const Reader<kDots> atoms = reader<kDots>(h);
+    const int64_t keys = block_.keys, rows = block_.tile.rows, width = sizes_.width;
+    const Pairs<T>& pairs = *pairs_;
+    const auto gradient = gradient_.of_head(h);
+    const bool geometry = wanted.geometry, radial = wanted.radial;
+    const bool moves = kSecond && dots_->moves_radial;
+    const T *values = value_, *slopes = slope_, *tangents = tangent_;
+    const T *tangent_slopes = tangent_slope_, *e = s_, *s_bar = s_dot_;
+    T *terms = terms_[0], *terms_dot = terms_[1];
+    T* dq = kFeatures ? to.q.at(h, block_.tile.first) : nullptr;
+    T* dk = kFeatures ? to.k.at(h, block_.first) : nullptr;
+
+    for (int64_t c = 0; c < width; c += W) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const Atom at_j = kDiagonal ? atoms.both(j, c) : atoms.key(j, c);
+        V dq_j{}, dk_j{};  // what atom j gets as query (on the diagonal) and as key
+
+        // One direction of a pair, `way` its place in [J, I]: adds to g and g_dot, and to dq and
+        // dk.
+        const auto pull_way = [&](int64_t way, const Atom& query, const Atom& key, V f, V f_dot,
+                                  V& g, V& g_dot, V& d_query, V& d_key) {
+          const FilterChannel<V> x = channel(query, key);
+          if constexpr (kSecond) {
+            g += x.pull_second(e[way], s_bar[way]);
+            g_dot += x.pull(e[way]);
+            if constexpr (kFeatures) {
+              d_query += filter_pull_second(e[way], s_bar[way], x.k, x.k_dot, f, f_dot);
+              d_key += filter_pull_second(e[way], s_bar[way], x.q, x.q_dot, f, f_dot);
+            }
+          } else {
+            g += x.pull(e[way]);
+            if constexpr (kFeatures) {
+              const V ef = e[way] * f;
+              d_query += ef * x.k;
+              d_key += ef * x.q;
+            }
+          }
+        };
+        const auto pull_filter = [&](int64_t i, V g, V g_dot) {
+          const int64_t pair = j * kRows + i, at = pair * width + c;
+          if (geometry) {
+            const V slope = load<V>(slopes + at);
+            V b = g * slope;
+            if (moves) b += g_dot * load<V>(tangent_slopes + at);
+            store(terms + i * W, b);
+            if constexpr (kSecond) store(terms_dot + i * W, g_dot * slope);
+          }
+          if (radial) {
+            Knots<V> sums = gradient.at(pairs.knot[pair], c);
+            pull_value(sums, pairs.value.at(pair), g);
+            if (moves) pull_derivative(sums, pairs.slope.at(pair), g_dot * pairs.u_dot[pair]);
+            gradient.put(pairs.knot[pair], c, sums);
+          }
+        };
+
+        for (int64_t i = 0; i < (kDiagonal ? j : rows); ++i) {
+          const int64_t pair = j * kRows + i, at = pair * width + c;
+          const Atom at_i = kDiagonal ? atoms.both(i, c) : atoms.query(i, c);
+          const V f = load<V>(values + at), f_dot = moves ? load<V>(tangents + at) : V{};
+          V g{}, g_dot{}, dq_i{}, dk_i{};
+          pull_way(pair, at_i, at_j, f, f_dot, g, g_dot, dq_i, dk_j);
+          if constexpr (kDiagonal) {
+            pull_way(i * kRows + j, at_j, at_i, f, f_dot, g, g_dot, dq_j, dk_i);
+          }
+          if constexpr (kFeatures) {
+            add(dq + i * width + c, dq_i);
+            if constexpr (kDiagonal) add(dk + i * width + c, dk_i);
+          }
+          pull_filter(i, g, g_dot);
+        }
+        if constexpr (kDiagonal) {
+          const int64_t pair = j * kRows + j, at = pair * width + c;
+          const V f = load<V>(values + at), f_dot = moves ? load<V>(tangents + at) : V{};
+          V g{}, g_dot{};
+          pull_way(pair, at_j, at_j, f, f_dot, g, g_dot, dq_j, dk_j);
+          pull_filter(j, g, g_dot);
+        }
+        if constexpr (kFeatures) {
+          add(dk + j * width + c, dk_j);
+          if constexpr (kDiagonal) add(dq + j * width + c, dq_j);
+        }
+        if (geometry) {
+          add_sums(terms, kDiagonal ? j + 1 : rows, b_ + j * kRows);
+          if constexpr (kSecond) {
+            add_sums(terms_dot, kDiagonal ? j + 1 : rows, e_dot_ + j * kRows);
+          }
+        }
+      }
+    }
+  }
+  static GEOT_INLINE void add(T* to, V x) { store(to, load<V>(to) + x); }
 
   const Inputs<T>& inputs_;
   const Sizes<T>& sizes_;
-  const bool has_dot_;
   bool needs_slope_ = false, needs_tangent_slope_ = false;
   Group group_{};
   const Atoms<T>* atoms_ = nullptr;
   const Tangents<T>* dots_ = nullptr;
   const Pairs<T>* pairs_ = nullptr;
   Block block_{};
-  Cubics<T, W> table_[kMostHeads], dot_[kMostHeads], gradient_[kMostHeads];
+  KnotTable<T, W> table_, dot_, gradient_;
   T *value_, *slope_, *tangent_, *tangent_slope_;  // of one head, [J, I, width]
+  alignas(64) T terms_[2][kRows * W];              // [I, W], to be summed
   alignas(64) PairNumbers<T> s_;
   alignas(64) PairNumbers<T> s_dot_;
   alignas(64) PairNumbers<T> b_;

@@ -33,6 +33,9 @@ class ForwardWorker {
     for (int64_t n = job.first_item; n < job.last_item; ++n) {
       const Item& item = schedule_.items[n];
       const Molecule& m = schedule_.molecules[item.molecule];
+      if (const Molecule* next = next_small(schedule_, job, n)) {
+        Atoms<T>::prefetch(call_.inputs, *next, group_);
+      }
       if (m.large < 0) {
         atoms_.pack(call_.inputs, m, group_);
         run_tiles(atoms_, 0, m.count);
@@ -54,7 +57,7 @@ class ForwardWorker {
       const int64_t count = atoms.molecule->count;
       for (int64_t j = 0; j < count; j += kKeys) {
         const Block block{tile, j, count - j < kKeys ? count - j : kKeys};
-        pairs_.compute(atoms, block);
+        pairs_.compute(atoms, block, 0);
         score_.begin_block(pairs_, block, false);
         for (int64_t h = 0; h < group_.count; ++h) add_block(atoms, block, h);
       }
@@ -131,7 +134,7 @@ class ForwardWorker {
       T* to = call_.out.at(m.batch, atom, head);
       const T* from = weighted_ + (h * kRows + i) * sizes_.width;
       const T times = Normalizer::kIsLinear ? T(1) : factor[i];
-      for (int64_t d = 0; d < D; ++d) to[d] = times * from[d];
+      copy_unpadded<W>(to, from, D, times);
     }
   }
 

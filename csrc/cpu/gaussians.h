@@ -23,7 +23,8 @@ class BiasGaussians {
     std::memset(static_cast<void*>(sums_), 0,
                 (2 + kHeads) * num_gaussians_ * kWidth<T> * sizeof(T));
   }
-  void add_gradient_to(T* d_radial) const {
+  // The part is zeros, or what other jobs have added.
+  void add_gradient_to(T* d_radial, Into) const {
     for (int64_t k = 0; k < num_gaussians_; ++k) {
       d_radial[k] += sum_of(load<V>(sum(0, k)));
       d_radial[num_gaussians_ + k] += sum_of(load<V>(sum(1, k)));
@@ -46,7 +47,7 @@ class BiasGaussians {
   // dw_hk = Σ g_h φ_k,  dμ_k = Σ g·w_k 2γ_k (z-μ_k) φ_k,  dγ_k = -Σ g·w_k (z-μ_k)² φ_k
   void pull(const Pairs<T>& pairs, const Block& block, const PairsOfHeads<T>& g) {
     for_each_vector<T>(block, [&](int64_t, int64_t n, int64_t at) {
-      const V z = load<V>(pairs.u + at);
+      const V z = load<V>(pairs.z + at);
       V g_here[kHeads];  // 0 in lanes that are no atom, whatever z is there
 #pragma GCC unroll 8
       for (int h = 0; h < kHeads; ++h) {
@@ -96,7 +97,7 @@ class BiasGaussians {
   GEOT_INLINE void evaluate(const Pairs<T>& pairs, const Block& block, PairsOfHeads<T>& f,
                             PairsOfHeads<T>& slope) const {
     for_each_vector<T>(block, [&](int64_t, int64_t, int64_t at) {
-      const V z = load<V>(pairs.u + at);
+      const V z = load<V>(pairs.z + at);
       V value[kHeads] = {}, rise[kHeads] = {};
       for (int64_t k = 0; k < num_gaussians_; ++k) {
         const Gaussian phi = gaussian(z, k);

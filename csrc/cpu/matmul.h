@@ -10,7 +10,6 @@ namespace geot::cpu::GEOT_ISA {
 
 // Where A's numbers are: rows of A contiguous (`kRows`), or columns, i.e. its transpose is stored.
 enum class Stored { kRows, kColumns };
-enum class Into { kSet, kAdd };
 
 template <class T, int M, int NV, Stored kStored, Into kInto>
 GEOT_INLINE void matmul_block(int64_t depth, const T* __restrict__ a, int64_t lda,

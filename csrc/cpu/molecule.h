@@ -47,15 +47,48 @@ inline Group group_of(int64_t group, const Schedule& schedule, int64_t num_heads
   return {first, rest < schedule.heads_per_group ? rest : schedule.heads_per_group};
 }
 
+// factor x [count], the rest of `width` zeros, N at a time.
+template <int N, class T>
+GEOT_INLINE void copy_padded(T* to, const T* from, int64_t count, int64_t width, T factor) {
+  using V = Vector<T, N>;
+  int64_t d = 0;
+  for (; d + N <= count; d += N) store(to + d, factor * load<V>(from + d));
+  if (d < width) {
+    V rest{};
+    for (int64_t l = 0; d + l < count; ++l) rest[l] = factor * from[d + l];
+    store(to + d, rest);
+  }
+}
+// factor x [count] of a padded row.
+template <int N, class T>
+GEOT_INLINE void copy_unpadded(T* to, const T* from, int64_t count, T factor) {
+  using V = Vector<T, N>;
+  int64_t d = 0;
+  for (; d + N <= count; d += N) store(to + d, factor * load<V>(from + d));
+  for (; d < count; ++d) to[d] = factor * from[d];
+}
+
+// Asks for the rows that `pack` is going to read: they are pieces of a row of all heads, which no
+// hardware foresees.
+template <class T>
+void prefetch(const Rows<const T>& from, const Molecule& m, Group group, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (!from) return;
+  for (int64_t i = 0; i < m.count; ++i) {
+    const T* row = from.at(m.batch, m.atoms[i], group.first);
+    for (int64_t h = 0; h < group.count; ++h, row += from.stride_h) {
+      for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d, 0, 2);
+    }
+  }
+}
+
 template <class T>
 void pack(const Features<T>& to, const Rows<const T>& from, const Molecule& m, Group group,
           int64_t head_dim, T factor = 1) {
-  for (int64_t h = 0; h < group.count; ++h) {
-    for (int64_t i = 0; i < m.count; ++i) {
-      const T* source = from.at(m.batch, m.atoms[i], group.first + h);
-      T* target = to.at(h, i);
-      for (int64_t d = 0; d < head_dim; ++d) target[d] = factor * source[d];
-      for (int64_t d = head_dim; d < to.width; ++d) target[d] = 0;
+  for (int64_t i = 0; i < m.count; ++i) {
+    const T* source = from.at(m.batch, m.atoms[i], group.first);
+    for (int64_t h = 0; h < group.count; ++h) {
+      copy_padded<kWidth<T>>(to.at(h, i), source + h * from.stride_h, head_dim, to.width, factor);
     }
   }
 }
@@ -76,11 +109,10 @@ void pack_or_zero(const Features<T>& to, const Rows<const T>& from, const Molecu
 template <class T>
 void unpack(const Rows<T>& to, const Features<T>& from, const Molecule& m, Group group,
             int64_t head_dim, T factor = 1) {
-  for (int64_t h = 0; h < group.count; ++h) {
-    for (int64_t i = 0; i < m.count; ++i) {
-      const T* source = from.at(h, i);
-      T* target = to.at(m.batch, m.atoms[i], group.first + h);
-      for (int64_t d = 0; d < head_dim; ++d) target[d] = factor * source[d];
+  for (int64_t i = 0; i < m.count; ++i) {
+    T* target = to.at(m.batch, m.atoms[i], group.first);
+    for (int64_t h = 0; h < group.count; ++h) {
+      copy_unpadded<kWidth<T>>(target + h * to.stride_h, from.at(h, i), head_dim, factor);
     }
   }
 }
@@ -192,6 +224,12 @@ struct Atoms {
     x.layout(arena, rows);
     if (inputs.pair_index != nullptr) types = arena.take<int64_t>(rows);
     for (Features<T>* f : {&q, &k, &v}) f->layout(arena, sizes.heads_per_group, rows, sizes.width);
+  }
+
+  static void prefetch(const Inputs<T>& inputs, const Molecule& m, Group group) {
+    for (const Rows<const T>* rows : {&inputs.q, &inputs.k, &inputs.v}) {
+      cpu::GEOT_ISA::prefetch(*rows, m, group, inputs.head_dim);
+    }
   }
 
   void pack(const Inputs<T>& inputs, const Molecule& m, Group group) {

@@ -4,8 +4,8 @@
 // over keys need no horizontal step.
 #pragma once
 
-#include "../common/cubic.h"
 #include "../common/geometry.h"
+#include "../common/spline.h"
 #include "molecule.h"
 
 namespace geot::cpu::GEOT_ISA {
@@ -71,35 +71,52 @@ class Pairs {
         grid_(Grid<T>::make(inputs.radial.r_min, inputs.radial.r_max,
                             int(inputs.radial.num_knots - 1))) {}
 
-  alignas(64) PairNumbers<T> u;  // the radial coordinate: t in its interval, or z without a table
-  alignas(64) PairNumbers<T> du_dz;           // 0 where the table is constant
-  alignas(64) PairNumbers<int32_t> interval;  // of all tables: p G + g
-  alignas(64) PairNumbers<T> u_dot;           // u̇
+  // Weights of the interval's knots in f and its derivatives by u.
+  struct WeightsOfPairs {
+    alignas(64) PairNumbers<T> rise, s0, s1;
 
-  // Locates the pairs; `tangents` computes u̇ as well.
-  void compute(const Atoms<T>& atoms, const Block& block) {
+    GEOT_INLINE Weights<T> at(int64_t pair) const { return {rise[pair], s0[pair], s1[pair]}; }
+    GEOT_INLINE void set(int64_t first, const Weights<Vec<T>>& w) {
+      store(rise + first, w.rise);
+      store(s0 + first, w.s0);
+      store(s1 + first, w.s1);
+    }
+  };
+
+  alignas(64) PairNumbers<int32_t> knot;  // where the interval starts, of all tables' knots
+  WeightsOfPairs value, slope, curvature;
+  alignas(64) PairNumbers<T> z;      // without a table: the radial coordinate
+  alignas(64) PairNumbers<T> du_dz;  // 0 where the table is constant
+  alignas(64) PairNumbers<T> u_dot;  // u̇
+
+  // Locates the pairs; weights up to the `order`th derivative.
+  void compute(const Atoms<T>& atoms, const Block& block, int order) {
     if (types_matter()) number_pairs(atoms, block);
+    const bool is_table = inputs_.is_table();
     for_each_vector<T>(block, [&](int64_t j, int64_t n, int64_t at) {
-      const auto apart = apart_of(atoms.x, block, j, n);
-      const V dist = distance(apart);
-      V z = dist;
-      if (inputs_.affine != nullptr) z = affine(0, at) * z + affine(1, at);
-      if (!inputs_.is_table()) {
-        store(u + at, z);
+      V x = distance(apart_of(atoms.x, block, j, n));
+      if (inputs_.affine != nullptr) x = affine(0, at) * x + affine(1, at);
+      if (!is_table) {
+        store(z + at, x);
         store(du_dz + at, broadcast<V>(1));
         return;
       }
-      const V coordinate = grid_.coordinate(z);
-      const auto g = __builtin_convertvector(grid_.in_range(coordinate), Lanes32);
-      store(u + at, coordinate - __builtin_convertvector(g, V));
-      store(du_dz + at, grid_.slope_of_coordinate(z));
-      store(interval + at, g);
+      const V u = grid_.coordinate(x);
+      const auto g = __builtin_convertvector(grid_.in_range(u), Lanes32);
+      const V t = u - __builtin_convertvector(g, V);
+      store(knot + at, g);
+      value.set(at, weights_of_value(t));
+      if (order < 1) return;
+      slope.set(at, weights_of_slope(t));
+      store(du_dz + at, grid_.slope_of_coordinate(x));
+      if (order > 1) curvature.set(at, weights_of_curvature(t));
     });
     if (inputs_.radial.num_tables > 1) {
+      const int32_t num_knots = int32_t(inputs_.radial.num_knots);
       for (int64_t j = 0; j < block.keys; ++j) {
         for (int64_t i = 0; i < block.tile.rows; ++i) {
           const int64_t at = j * kRows + i;
-          interval[at] += pair_[at] * grid_.intervals;
+          knot[at] += pair_[at] * num_knots;
         }
       }
     }

@@ -21,7 +21,7 @@ class Plan {
     check_types(inputs);
     const int64_t head_width = (inputs.head_dim + 15) / 16 * 16;
     schedule_.heads_per_group =
-        inputs.is_filter ? std::clamp<int64_t>(64 / head_width, 1, 8) : kBiasHeads;
+        inputs.is_filter ? std::clamp<int64_t>(128 / head_width, 1, 8) : kBiasHeads;
     schedule_.num_groups =
         (inputs.num_heads + schedule_.heads_per_group - 1) / schedule_.heads_per_group;
     cut_molecules();
@@ -48,6 +48,8 @@ class Plan {
         });
       }
     }
+    schedule_.one_job_a_part =
+        int64_t(jobs_.size()) == schedule_.num_slots * schedule_.num_groups && steps_.size() == 2;
     schedule_.molecules = molecules_.data();
     schedule_.num_molecules = molecules_.size();
     schedule_.items = items_.data();

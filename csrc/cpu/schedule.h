@@ -52,6 +52,7 @@ struct Schedule {
   int64_t num_slots, num_groups, heads_per_group;
   int64_t num_large, largest_small;  // atoms of the largest molecule that is one item
   bool is_small;                     // not worth more than one thread
+  bool one_job_a_part;  // each slot and group has one job in all, which sets its part of a sum
 };
 
 }  // namespace geot::cpu

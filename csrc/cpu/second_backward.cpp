@@ -60,6 +60,13 @@ struct SecondBackwardAtoms : Atoms<T> {
     if (wanted.geometry) dx.layout(arena, rows);
   }
 
+  static void prefetch(const SecondBackwardCall<T>& call, const Molecule& m, Group group) {
+    Atoms<T>::prefetch(call.inputs, m, group);
+    for (const Rows<const T>* x : {&call.d_out, &call.out, &call.q_dot, &call.k_dot, &call.v_dot}) {
+      cpu::GEOT_ISA::prefetch(*x, m, group, call.inputs.head_dim);
+    }
+  }
+
   void begin(const SecondBackwardCall<T>& call, const Molecule& m, Group group) {
     const Inputs<T>& inputs = call.inputs;
     const int64_t D = inputs.head_dim;
@@ -128,6 +135,9 @@ class SecondBackwardWorker {
     for (int64_t n = job.first_item; n < job.last_item; ++n) {
       const Item& item = schedule_.items[n];
       const Molecule& m = schedule_.molecules[item.molecule];
+      if (const Molecule* next = next_small(schedule_, job, n)) {
+        Data::prefetch(call_, *next, group_);
+      }
       if (m.large < 0) {
         atoms_.begin(call_, m, group_);
         run_tiles(atoms_, 0, m.count, 0, m.count, true);
@@ -139,7 +149,10 @@ class SecondBackwardWorker {
                   m.chunk_begin(item.keys + 1), item.keys == item.rows);
       }
     }
-    if (wanted_.radial) score_.add_gradient_to(shared_.d_radial.part(part));
+    if (wanted_.radial) {
+      score_.add_gradient_to(shared_.d_radial.part(part),
+                             schedule_.one_job_a_part ? Into::kSet : Into::kAdd);
+    }
   }
 
  private:
@@ -177,7 +190,7 @@ class SecondBackwardWorker {
   }
 
   void begin_block(const Data& atoms, const Block& block, bool needs_slopes) {
-    pairs_.compute(atoms, block);
+    pairs_.compute(atoms, block, needs_slopes ? 2 : 1);
     if (moves_geometry(call_)) {
       pairs_.compute_tangent(atoms, atoms.dots.x, call_.affine_dot, block);
     }

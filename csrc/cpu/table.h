@@ -1,105 +1,79 @@
-// A table's intervals as cubics, channels contiguous and padded: what the lookups read, and what
-// the gradient is summed in before it goes back to the knots.
+// A group's channels of a table, contiguous and padded, as the lookups read them; and their
+// gradient, laid out alike.
 #pragma once
 
-#include "../common/cubic.h"
+#include "../common/spline.h"
 #include "arena.h"
-#include "call.h"
+#include "molecule.h"
 
 namespace geot::cpu::GEOT_ISA {
 
-// Cubics of `width` channels, [P G, 4, width], handled N channels at a time.
+// Knots [heads, P (G + 1), 2, width], handled N channels at a time. A copy is another handle.
 template <class T, int N>
-class Cubics {
+class KnotTable {
  public:
   using V = Vector<T, N>;
 
-  void layout(Arena& arena, const Radial<T>& radial, int64_t num_channels, int64_t width) {
-    tables_ = radial.num_tables;
-    intervals_ = radial.num_knots - 1;
+  void layout(Arena& arena, const Radial<T>& radial, int64_t num_channels, int64_t heads,
+              int64_t width) {
+    rows_ = 2 * radial.num_tables * radial.num_knots;
     num_channels_ = num_channels;
+    heads_ = heads;
     width_ = width;
-    data_ = arena.take<T>(tables_ * intervals_ * 4 * width);
+    data_ = arena.take<T>(heads * rows_ * width);
   }
   explicit operator bool() const { return data_ != nullptr; }
 
-  // Channels [first, first + count) of knots [P, G + 1, 2, C].
-  void set(const T* knots, int64_t first, int64_t count) {
-    for_each_interval([&](int64_t at, int64_t interval) {
-      const T* here = knots + at * num_channels_ + first;
-      for (int64_t c = 0; c < width_; c += N) {
-        const Knots<V> k = {part(here, 0, c, count), part(here, 1, c, count),
-                            part(here, 2, c, count), part(here, 3, c, count)};
-        const Cubic<V> f = cubic_of_knots(k);
-        store(row(interval, 0) + c, f.c0);
-        store(row(interval, 1) + c, f.c1);
-        store(row(interval, 2) + c, f.c2);
-        store(row(interval, 3) + c, f.c3);
-      }
+  // Channels [first, first + heads * count) of knots [P, G + 1, 2, C], `count` for each head.
+  void set(const T* knots, int64_t first, int64_t heads, int64_t count) {
+    for_each_row(heads, [&](int64_t r, int64_t h) {
+      copy_padded<N>(data_ + (h * rows_ + r) * width_,
+                     knots + r * num_channels_ + first + h * count, count, width_, T(1));
+    });
+  }
+  void zero() { std::memset(static_cast<void*>(data_), 0, heads_ * rows_ * width_ * sizeof(T)); }
+  // The adjoint of `set`: adds to the gradient of the knots, or sets it.
+  void add_to(T* d_knots, int64_t first, int64_t heads, int64_t count, Into into) const {
+    for_each_row(heads, [&](int64_t r, int64_t h) {
+      T* to = d_knots + r * num_channels_ + first + h * count;
+      const T* from = data_ + (h * rows_ + r) * width_;
+      if (into == Into::kSet) return copy_unpadded<N>(to, from, count, T(1));
+      int64_t c = 0;
+      for (; c + N <= count; c += N) store(to + c, load<V>(to + c) + load<V>(from + c));
+      for (; c < count; ++c) to[c] += from[c];
     });
   }
 
-  void zero() {
-    std::memset(static_cast<void*>(data_), 0, tables_ * intervals_ * 4 * width_ * sizeof(T));
+  KnotTable of_head(int64_t h) const {
+    KnotTable table = *this;
+    table.data_ += data_ != nullptr ? h * rows_ * width_ : 0;
+    return table;
   }
 
-  // The adjoint of `set`: adds what was summed here to the gradient of the knots.
-  void add_to(T* d_knots, int64_t first, int64_t count) const {
-    for_each_interval([&](int64_t at, int64_t interval) {
-      T* here = d_knots + at * num_channels_ + first;
-      for (int64_t c = 0; c < width_; c += N) {
-        const Knots<V> k = knots_of_cubic(cubic(interval, c));
-        add_part(here, 0, c, count, k.y0);
-        add_part(here, 1, c, count, k.s0);
-        add_part(here, 2, c, count, k.y1);
-        add_part(here, 3, c, count, k.s1);
-      }
-    });
+  // The interval that starts at a knot.
+  GEOT_INLINE Knots<V> at(int64_t knot, int64_t c) const {
+    const T* p = data_ + 2 * knot * width_ + c;
+    return {load<V>(p), load<V>(p + width_), load<V>(p + 2 * width_), load<V>(p + 3 * width_)};
   }
-
-  GEOT_INLINE Cubic<V> cubic(int64_t interval, int64_t c) const {
-    return {load<V>(row(interval, 0) + c), load<V>(row(interval, 1) + c),
-            load<V>(row(interval, 2) + c), load<V>(row(interval, 3) + c)};
-  }
-  GEOT_INLINE void add(int64_t interval, int64_t c, const Cubic<V>& f) {
-    T* p = row(interval, 0) + c;
-    store(p, load<V>(p) + f.c0);
-    store(p + width_, load<V>(p + width_) + f.c1);
-    store(p + 2 * width_, load<V>(p + 2 * width_) + f.c2);
-    store(p + 3 * width_, load<V>(p + 3 * width_) + f.c3);
+  GEOT_INLINE void put(int64_t knot, int64_t c, const Knots<V>& k) const {
+    T* p = data_ + 2 * knot * width_ + c;
+    store(p, k.y0);
+    store(p + width_, k.s0);
+    store(p + 2 * width_, k.y1);
+    store(p + 3 * width_, k.s1);
   }
 
  private:
-  GEOT_INLINE T* row(int64_t interval, int64_t coefficient) const {
-    return data_ + (4 * interval + coefficient) * width_;
-  }
-  // body(the interval's first row among those of the knots, its number)
+  // Row by row, all heads of each: a row of all channels is a page, or more.
   template <class Body>
-  void for_each_interval(Body body) const {
-    for (int64_t p = 0; p < tables_; ++p) {
-      for (int64_t g = 0; g < intervals_; ++g) {
-        body(2 * (p * (intervals_ + 1) + g), p * intervals_ + g);
-      }
-    }
-  }
-  GEOT_INLINE V part(const T* rows, int64_t r, int64_t c, int64_t count) const {
-    const T* p = rows + r * num_channels_ + c;
-    if (c + N <= count) return load<V>(p);
-    V x{};
-    for (int64_t i = 0; c + i < count; ++i) x[i] = p[i];
-    return x;
-  }
-  GEOT_INLINE void add_part(T* rows, int64_t r, int64_t c, int64_t count, V x) const {
-    T* p = rows + r * num_channels_ + c;
-    if (c + N <= count) {
-      store(p, load<V>(p) + x);
-    } else {
-      for (int64_t i = 0; c + i < count; ++i) p[i] += x[i];
+  GEOT_INLINE void for_each_row(int64_t heads, Body body) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t h = 0; h < heads; ++h) body(r, h);
     }
   }
 
   T* data_ = nullptr;
-  int64_t tables_ = 0, intervals_ = 0, num_channels_ = 0, width_ = 0;
+  int64_t rows_ = 0, num_channels_ = 0, heads_ = 0, width_ = 0;
 };
 
 }  // namespace geot::cpu::GEOT_ISA

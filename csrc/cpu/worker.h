@@ -27,6 +27,14 @@ void in_parallel(RunThreads run_threads, int64_t count, bool is_small, Body&& bo
   }
 }
 
+// The next molecule of a job, where it is worth asking for its rows in advance.
+inline const Molecule* next_small(const Schedule& schedule, const Job& job, int64_t item) {
+  constexpr int64_t kSmall = 64;
+  if (item + 1 >= job.last_item) return nullptr;
+  const Molecule& m = schedule.molecules[schedule.items[item + 1].molecule];
+  return m.large < 0 && m.count <= kSmall ? &m : nullptr;
+}
+
 // Step by step, Worker(args...) in each thread, worker.run(job) for each job of the step.
 template <class Worker, class Call, class Shared>
 void run_jobs(const Call& call, const Schedule& schedule, Shared& data) {
@@ -102,11 +110,12 @@ void zero_padding(T* rows, const Schedule& schedule, int64_t width) {
 template <class T>
 class Parts {
  public:
-  Parts(Arena& arena, T* result, int64_t size, int64_t count, int64_t sharing = 1)
+  Parts(Arena& arena, T* result, int64_t size, int64_t count, int64_t sharing = 1,
+        bool needs_zeros = true)
       : result_(result), size_(size), count_(count), sharing_(sharing) {
     if (result == nullptr) return;
     parts_ = count == 1 ? result : arena.take<T>(size * count);
-    std::memset(static_cast<void*>(parts_), 0, size * (count > 0 ? count : 1) * sizeof(T));
+    if (needs_zeros) std::memset(static_cast<void*>(parts_), 0, size * count * sizeof(T));
   }
   T* part(int64_t i) const { return parts_ == nullptr ? nullptr : parts_ + i / sharing_ * size_; }
   void add_up(RunThreads run_threads) const {
