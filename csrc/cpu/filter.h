@@ -21,7 +21,7 @@ class FilterScore {
     if (has_radial_dot) layout(arena, dot_);
     if (sums_radial) layout(arena, gradient_);
     for (T** x : {&value_, &slope_, &tangent_, &tangent_slope_}) {
-      *x = arena.take<T>(kKeys * kRows * sizes.width);
+      *x = arena.take<T>(kKeys * (kRows + 1) * sizes.width);
     }
   }
 
@@ -126,58 +126,60 @@ class FilterScore {
     return {query.q, key.k, query.q_dot, key.k_dot};
   }
 
+  // Where the filter of a pair is, in units of `width`; rows one longer than kRows do not fall on
+  // each other in the cache.
+  static GEOT_INLINE int64_t place(int64_t i, int64_t j) { return j * (kRows + 1) + i; }
+
   // out [I] += the sums of the rows of terms [I, W].
   static GEOT_INLINE void add_sums(const T* terms, int64_t rows, T* out) {
-    for (int64_t first = 0; first < rows; first += W) {
-      V r[W];
-#pragma GCC unroll 16
-      for (int e = 0; e < W; ++e) r[e] = load<V>(terms + (first + e) * W);
-      const V sums = sums_of(r);
-      const auto is_row = lane_numbers<V>() < Integer<T>(rows - first);
-      store(out + first, load<V>(out + first) + (is_row ? sums : V{}));
+    constexpr int L = kLane / sizeof(T);
+    int64_t first = 0;
+    for (; first + W / 2 < rows; first += W) add_sums_of<W>(terms, first, rows, out);
+    if constexpr (W > 2 * L) {
+      if (first + W / 4 < rows) return add_sums_of<W / 2>(terms, first, rows, out);
     }
+    if (first < rows) add_sums_of<W / 4 >= L ? W / 4 : W>(terms, first, rows, out);
+  }
+  template <int N>
+  static GEOT_INLINE void add_sums_of(const T* terms, int64_t first, int64_t rows, T* out) {
+    V r[N];
+#pragma GCC unroll 16
+    for (int e = 0; e < N; ++e) r[e] = load<V>(terms + (first + e) * W);
+    const V sums = sums_of(r);
+    const auto is_row = lane_numbers<V>() < Integer<T>(rows - first);
+    store(out + first, load<V>(out + first) + (is_row ? sums : V{}));
   }
 
-  // out [J, I] = Σ_c term(channel c of the pair, its place among the filters)
+  // out [J, I] = Σ_c term(channel c of the pair, its filter's place)
   template <bool kDots, class Term>
   void sum_channels(int64_t h, T* out, Term term) {
     const Reader<kDots> atoms = reader<kDots>(h);
     const int64_t keys = block_.keys, rows = block_.tile.rows, width = sizes_.width;
     const bool diagonal = block_.is_diagonal();
-    T *terms = terms_[0], *terms_back = terms_[1];
     std::memset(static_cast<void*>(out), 0, sizeof(PairNumbers<T>));
     for (int64_t c = 0; c < width; c += W) {
       for (int64_t j = 0; j < keys; ++j) {
-        const int64_t filters = j * kRows * width + c;
-        if (!diagonal) {
-          const Atom key = atoms.key(j, c);
-          for (int64_t i = 0; i < rows; ++i) {
-            store(terms + i * W, term(channel(atoms.query(i, c), key), filters + i * width));
-          }
-          add_sums(terms, rows, out + j * kRows);
-          continue;
+        const Atom key = atoms.key(j, c);
+        const int64_t above = diagonal ? j : rows;
+        int64_t i = 0;
+        for (; i < above; ++i) {
+          store(terms_[0] + i * W, term(channel(atoms.query(i, c), key), place(i, j) * width + c));
         }
-        const Atom at_j = atoms.both(j, c);
-        for (int64_t i = 0; i <= j; ++i) {
-          const Atom at_i = atoms.both(i, c);
-          store(terms + i * W, term(channel(at_i, at_j), filters + i * width));
-          store(terms_back + i * W, term(channel(at_j, at_i), filters + i * width));
+        for (; i < rows; ++i) {
+          store(terms_[0] + i * W, term(channel(atoms.query(i, c), key), place(j, i) * width + c));
         }
-        add_sums(terms, j + 1, out + j * kRows);
-        alignas(64) T back[kRows] = {};
-        add_sums(terms_back, j, back);
-        for (int64_t i = 0; i < j; ++i) out[i * kRows + j] += back[i];
+        add_sums(terms_[0], rows, out + j * kRows);
       }
     }
   }
 
-  // body(place in [J, I]) for each filter of the block.
+  // body(place in [J, I], the filter's place) for each filter of the block.
   template <class Body>
   GEOT_INLINE void for_each_filter(Body body) const {
     const bool diagonal = block_.is_diagonal();
     for (int64_t j = 0; j < block_.keys; ++j) {
       const int64_t end = diagonal ? j + 1 : block_.tile.rows;
-      for (int64_t i = 0; i < end; ++i) body(j * kRows + i);
+      for (int64_t i = 0; i < end; ++i) body(j * kRows + i, place(i, j));
     }
   }
   void look_up(int64_t h) {
@@ -185,11 +187,11 @@ class FilterScore {
     const Pairs<T>& pairs = *pairs_;
     const int64_t width = sizes_.width;
     T *values = value_, *slopes = needs_slope_ ? slope_ : nullptr;
-    for_each_filter([=, &pairs](int64_t pair) {
+    for_each_filter([=, &pairs](int64_t pair, int64_t at) {
       for (int64_t c = 0; c < width; c += W) {
         const Knots<V> k = table.at(pairs.knot[pair], c);
-        store(values + pair * width + c, value(k, pairs.value.at(pair)));
-        if (slopes) store(slopes + pair * width + c, derivative(k, pairs.slope.at(pair)));
+        store(values + at * width + c, value(k, pairs.value.at(pair)));
+        if (slopes) store(slopes + at * width + c, derivative(k, pairs.slope.at(pair)));
       }
     });
   }
@@ -199,7 +201,7 @@ class FilterScore {
     const Pairs<T>& pairs = *pairs_;
     const int64_t width = sizes_.width;
     T *tangents = tangent_, *slopes = needs_tangent_slope_ ? tangent_slope_ : nullptr;
-    for_each_filter([=, &pairs](int64_t pair) {
+    for_each_filter([=, &pairs](int64_t pair, int64_t at) {
       const T u_dot = pairs.u_dot[pair];
       for (int64_t c = 0; c < width; c += W) {
         const Knots<V> k = table.at(pairs.knot[pair], c);
@@ -210,8 +212,8 @@ class FilterScore {
           tangent += value(k_dot, pairs.value.at(pair));
           if (slopes) slope += derivative(k_dot, pairs.slope.at(pair));
         }
-        store(tangents + pair * width + c, tangent);
-        if (slopes) store(slopes + pair * width + c, slope);
+        store(tangents + at * width + c, tangent);
+        if (slopes) store(slopes + at * width + c, slope);
       }
     });
   }
@@ -269,7 +271,7 @@ class FilterScore {
           }
         };
         const auto pull_filter = [&](int64_t i, V g, V g_dot) {
-          const int64_t pair = j * kRows + i, at = pair * width + c;
+          const int64_t pair = j * kRows + i, at = place(i, j) * width + c;
           if (geometry) {
             const V slope = load<V>(slopes + at);
             V b = g * slope;
@@ -286,7 +288,7 @@ class FilterScore {
         };
 
         for (int64_t i = 0; i < (kDiagonal ? j : rows); ++i) {
-          const int64_t pair = j * kRows + i, at = pair * width + c;
+          const int64_t pair = j * kRows + i, at = place(i, j) * width + c;
           const Atom at_i = kDiagonal ? atoms.both(i, c) : atoms.query(i, c);
           const V f = load<V>(values + at), f_dot = moves ? load<V>(tangents + at) : V{};
           V g{}, g_dot{}, dq_i{}, dk_i{};
@@ -301,7 +303,7 @@ class FilterScore {
           pull_filter(i, g, g_dot);
         }
         if constexpr (kDiagonal) {
-          const int64_t pair = j * kRows + j, at = pair * width + c;
+          const int64_t pair = j * kRows + j, at = place(j, j) * width + c;
           const V f = load<V>(values + at), f_dot = moves ? load<V>(tangents + at) : V{};
           V g{}, g_dot{};
           pull_way(pair, at_j, at_j, f, f_dot, g, g_dot, dq_j, dk_j);
@@ -331,7 +333,7 @@ class FilterScore {
   const Pairs<T>* pairs_ = nullptr;
   Block block_{};
   KnotTable<T, W> table_, dot_, gradient_;
-  T *value_, *slope_, *tangent_, *tangent_slope_;  // of one head, [J, I, width]
+  T *value_, *slope_, *tangent_, *tangent_slope_;  // of one head, [J, I + 1, width]
   alignas(64) T terms_[2][kRows * W];              // [I, W], to be summed
   alignas(64) PairNumbers<T> s_;
   alignas(64) PairNumbers<T> s_dot_;

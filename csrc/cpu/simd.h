@@ -175,25 +175,37 @@ GEOT_INLINE V sum_blocks(V (&r)[N]) {
   }
 }
 
-// Element i of the result is the sum of the elements of r[i].
+// Adds up the elements S, 2 S, 4 S, ... apart, in each of them.
+template <int S, class V>
+GEOT_INLINE V sum_replicas(V x) {
+  constexpr int W = kElements<V>;
+  if constexpr (S >= W) {
+    return x;
+  } else {
+    return sum_replicas<2 * S>(shuffle<Exchange<W, S, false>>(x, x) +
+                               shuffle<Exchange<W, S, true>>(x, x));
+  }
+}
+
+// Element i of the result is the sum of the elements of r[i]; N vectors, 4 at least where there
+// are 4 elements in 16 bytes.
 template <class V, int N>
 GEOT_INLINE V sums_of(V (&r)[N]) {
-  static_assert(kElements<V> == N);
-  constexpr int L = kLane / sizeof(Element<V>);
+  constexpr int L = kLane / sizeof(Element<V>), W = kElements<V>;
   V group[N / L];
 #pragma GCC unroll 16
   for (int i = 0; i < N / L; ++i) {
     V* x = r + i * L;
-    V pair = shuffle<Zip<N, L, 1, false>>(x[0], x[1]) + shuffle<Zip<N, L, 1, true>>(x[0], x[1]);
+    V pair = shuffle<Zip<W, L, 1, false>>(x[0], x[1]) + shuffle<Zip<W, L, 1, true>>(x[0], x[1]);
     if constexpr (L == 4) {
       const V other =
-          shuffle<Zip<N, L, 1, false>>(x[2], x[3]) + shuffle<Zip<N, L, 1, true>>(x[2], x[3]);
+          shuffle<Zip<W, L, 1, false>>(x[2], x[3]) + shuffle<Zip<W, L, 1, true>>(x[2], x[3]);
       const V both = pair;
-      pair = shuffle<Zip<N, L, 2, false>>(both, other) + shuffle<Zip<N, L, 2, true>>(both, other);
+      pair = shuffle<Zip<W, L, 2, false>>(both, other) + shuffle<Zip<W, L, 2, true>>(both, other);
     }
     group[i] = pair;
   }
-  return sum_blocks<L>(group);
+  return sum_replicas<N>(sum_blocks<L>(group));
 }
 
 // Exponential and logarithm, to about one unit of rounding; NaN stays NaN.
