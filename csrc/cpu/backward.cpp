@@ -29,14 +29,14 @@ struct BackwardAtoms : Atoms<T> {
     Atoms<T>::layout(arena, call.inputs, sizes, count);
     const int64_t rows = this->capacity(count), heads = sizes.heads_per_group;
     const Wanted wanted = wanted_of(call);
-    if (call.d_out) d_out.layout(arena, heads, rows, sizes.width);
+    if (call.d_out) d_out.layout(arena, sizes, rows);
     if (!call.inputs.is_linear) log_sum.layout(arena, heads, rows);
     shift.layout(arena, heads, rows);
     if (wanted.q || wanted.k) {
-      to.q.layout(arena, heads, rows, sizes.width);
-      to.k.layout(arena, heads, rows, sizes.width);
+      to.q.layout(arena, sizes, rows);
+      to.k.layout(arena, sizes, rows);
     }
-    if (call.dv) dv.layout(arena, heads, rows, sizes.width);
+    if (call.dv) dv.layout(arena, sizes, rows);
     if (wanted.geometry) dx.layout(arena, rows);
   }
 
@@ -104,11 +104,11 @@ class BackwardWorker {
     for (int64_t n = job.first_item; n < job.last_item; ++n) {
       const Item& item = schedule_.items[n];
       const Molecule& m = schedule_.molecules[item.molecule];
-      if (const Molecule* next = next_small(schedule_, job, n)) {
-        BackwardAtoms<T>::prefetch(call_, *next, group_);
-      }
       if (m.large < 0) {
         atoms_.begin(call_, m, group_);
+        if (const Molecule* next = next_small(schedule_, job, n)) {
+          BackwardAtoms<T>::prefetch(call_, *next, group_);
+        }
         run_tiles(atoms_, 0, m.count, 0, m.count);
         atoms_.finish(call_, m, group_, shared_.dx.part(job.group));
       } else {
@@ -150,7 +150,7 @@ class BackwardWorker {
       }
       score_.pull(h, wanted_, atoms.to);
     }
-    score_.end_block(wanted_);
+    score_.end_block(wanted_, atoms.to);
     if (wanted_.geometry) pairs_.pull(atoms, block, score_.b(), atoms.dx, d_affine_);
   }
 

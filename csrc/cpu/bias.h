@@ -16,19 +16,19 @@ class BiasTable {
  public:
   BiasTable(Arena& arena, const Inputs<T>& inputs, bool has_dot, bool sums_gradient)
       : radial_(inputs.radial) {
-    table_.layout(arena, radial_, inputs.num_heads, 1, kHeads);
-    if (has_dot) dot_.layout(arena, radial_, inputs.num_heads, 1, kHeads);
-    if (sums_gradient) gradient_.layout(arena, radial_, inputs.num_heads, 1, kHeads);
+    table_.layout(arena, radial_, inputs.num_heads, kHeads);
+    if (has_dot) dot_.layout(arena, radial_, inputs.num_heads, kHeads);
+    if (sums_gradient) gradient_.layout(arena, radial_, inputs.num_heads, kHeads);
   }
 
   void select(Group group, const T* dot) {
     group_ = group;
-    table_.set(radial_.data, group.first, 1, group.count);
-    if (dot != nullptr) dot_.set(dot, group.first, 1, group.count);
+    table_.set(radial_.data, group.first, 1, group.count, kHeads);
+    if (dot != nullptr) dot_.set(dot, group.first, 1, group.count, kHeads);
   }
   void begin_gradient() { gradient_.zero(); }
   void add_gradient_to(T* d_radial, Into into) const {
-    gradient_.add_to(d_radial, group_.first, 1, group_.count, into);
+    gradient_.add_to(d_radial, group_.first, 1, group_.count, kHeads, into);
   }
 
   void values(const Pairs<T>& pairs, const Block& block, PairsOfHeads<T>& f) {
@@ -69,14 +69,16 @@ class BiasTable {
   // Weights `g` on the values.
   void pull(const Pairs<T>& pairs, const Block& block, const PairsOfHeads<T>& g) {
     const auto gradient = gradient_;
+    const int64_t heads = group_.count;
     for_each_octet(block, [&](int64_t at, int64_t lanes) {
       V row[kHeads];
-      gather(g, at, row);
+      turn_to_rows<T>(g, row, at, heads);
       for (int64_t i = 0; i < lanes; ++i) {
         const int64_t knot = pairs.knot[at + i];
-        Knots<V> sums = gradient.at(knot, 0);
+        const auto interval = gradient.interval(knot);
+        Knots<V> sums = interval.at(0);
         pull_value(sums, pairs.value.at(at + i), row[i]);
-        gradient.put(knot, 0, sums);
+        interval.put(0, sums);
       }
     });
   }
@@ -84,33 +86,24 @@ class BiasTable {
   void pull_second(const Pairs<T>& pairs, const Block& block, const PairsOfHeads<T>& g,
                    const PairsOfHeads<T>& g_dot) {
     const auto gradient = gradient_;
+    const int64_t heads = group_.count;
     for_each_octet(block, [&](int64_t at, int64_t lanes) {
       V row[kHeads], row_dot[kHeads];
-      gather(g, at, row);
-      gather(g_dot, at, row_dot);
+      turn_to_rows<T>(g, row, at, heads);
+      turn_to_rows<T>(g_dot, row_dot, at, heads);
       for (int64_t i = 0; i < lanes; ++i) {
         const int64_t knot = pairs.knot[at + i];
-        Knots<V> sums = gradient.at(knot, 0);
+        const auto interval = gradient.interval(knot);
+        Knots<V> sums = interval.at(0);
         pull_value(sums, pairs.value.at(at + i), row[i]);
         pull_derivative(sums, pairs.slope.at(at + i), row_dot[i] * pairs.u_dot[at + i]);
-        gradient.put(knot, 0, sums);
+        interval.put(0, sums);
       }
     });
   }
 
  private:
   using V = Vector<T, kHeads>;
-
-  // body(place in [J, I] of 8 query atoms, how many of them there are)
-  template <class Body>
-  static GEOT_INLINE void for_each_octet(const Block& block, Body body) {
-    for (int64_t j = 0; j < block.keys; ++j) {
-      for (int64_t i = 0; i < block.tile.rows; i += kHeads) {
-        const int64_t rest = block.tile.rows - i;
-        body(j * kRows + i, rest < kHeads ? rest : kHeads);
-      }
-    }
-  }
 
   // evaluate(knots of a pair's heads, place of the pair, the K rows wanted)
   template <int K, class Evaluate>
@@ -128,20 +121,8 @@ class BiasTable {
         for (int k = 0; k < K; ++k) row[k][i] = x[k];
       }
 #pragma GCC unroll 2
-      for (int k = 0; k < K; ++k) {
-        transpose(row[k]);
-#pragma GCC unroll 8
-        for (int h = 0; h < kHeads; ++h) {
-          if (h < heads) store((*out[k])[h] + at, row[k][h]);
-        }
-      }
+      for (int k = 0; k < K; ++k) turn_to_heads<T>(row[k], *out[k], at, heads);
     });
-  }
-
-  GEOT_INLINE void gather(const PairsOfHeads<T>& g, int64_t at, V (&row)[kHeads]) const {
-#pragma GCC unroll 8
-    for (int h = 0; h < kHeads; ++h) row[h] = h < group_.count ? load<V>(g[h] + at) : V{};
-    transpose(row);
   }
 
   const Radial<T>& radial_;
@@ -243,10 +224,10 @@ class BiasScore {
   }
 
   // After the last head.
-  void end_block(const Wanted& wanted) {
+  void end_block(const Wanted& wanted, const Gradients<T>&) {
     if (wanted.radial) radial_.pull(*pairs_, block_, *value_);
   }
-  void end_block_second(const Wanted& wanted) {
+  void end_block_second(const Wanted& wanted, const Gradients<T>&) {
     if (wanted.radial) radial_.pull_second(*pairs_, block_, *tangent_, *value_);
   }
   const T* b() const { return b_; }          // dL/du of the pairs, or b̄

@@ -33,11 +33,11 @@ class ForwardWorker {
     for (int64_t n = job.first_item; n < job.last_item; ++n) {
       const Item& item = schedule_.items[n];
       const Molecule& m = schedule_.molecules[item.molecule];
-      if (const Molecule* next = next_small(schedule_, job, n)) {
-        Atoms<T>::prefetch(call_.inputs, *next, group_);
-      }
       if (m.large < 0) {
         atoms_.pack(call_.inputs, m, group_);
+        if (const Molecule* next = next_small(schedule_, job, n)) {
+          Atoms<T>::prefetch(call_.inputs, *next, group_);
+        }
         run_tiles(atoms_, 0, m.count);
       } else {
         run_tiles(large_[m.large * schedule_.num_groups + job.group], m.chunk_begin(item.rows),
@@ -81,7 +81,7 @@ class ForwardWorker {
     // O [I, width] += P^T [I, J] v [J, width]
     const auto product = [&](auto into) {
       matmul<Stored::kColumns, into.value>(block.tile.rows, sizes_.chunks, block.keys, s, kRows,
-                                           atoms.v.at(h, block.first), sizes_.width, out,
+                                           atoms.v.at(h, block.first), atoms.v.stride, out,
                                            sizes_.width);
     };
     if (is_first) {

@@ -13,27 +13,32 @@ template <class T>
 struct Sizes {
   int64_t head_dim, width, chunks;  // D; D padded to whole vectors; vectors
   int64_t heads_per_group;
+  bool heads_first;  // how features are laid out: for products of matrices, or atom by atom
 
   explicit Sizes(const Inputs<T>& inputs, const Schedule& schedule)
       : head_dim(inputs.head_dim),
         width((head_dim + kWidth<T> - 1) / kWidth<T> * kWidth<T>),
         chunks(width / kWidth<T>),
-        heads_per_group(schedule.heads_per_group) {}
+        heads_per_group(schedule.heads_per_group),
+        heads_first(!inputs.is_filter) {}
 };
 
-// Features [heads, capacity, width].
+// Features [heads, capacity, width], or by atom [capacity, heads, width]: then absent heads are 0.
 template <class T>
 struct Features {
   T* data = nullptr;
-  int64_t head_stride = 0, width = 0;
+  int64_t head_stride = 0, stride = 0, width = 0;
 
   explicit operator bool() const { return data != nullptr; }
-  T* at(int64_t h, int64_t n) const { return data + h * head_stride + n * width; }
+  T* at(int64_t h, int64_t n) const { return data + h * head_stride + n * stride; }
 
-  void layout(Arena& arena, int64_t heads, int64_t capacity, int64_t padded_width) {
-    width = padded_width;
-    head_stride = capacity * width;
-    data = arena.take<T>(heads * head_stride);
+  bool is_by_atom() const { return head_stride == width && stride > width; }
+  void layout(Arena& arena, const Sizes<T>& sizes, int64_t capacity) {
+    const int64_t heads = sizes.heads_per_group;
+    width = sizes.width;
+    head_stride = sizes.heads_first ? capacity * width : width;
+    stride = sizes.heads_first ? width : heads * width;
+    data = arena.take<T>(heads * capacity * width);
   }
 };
 
@@ -90,11 +95,18 @@ void pack(const Features<T>& to, const Rows<const T>& from, const Molecule& m, G
     for (int64_t h = 0; h < group.count; ++h) {
       copy_padded<kWidth<T>>(to.at(h, i), source + h * from.stride_h, head_dim, to.width, factor);
     }
+    for (int64_t h = group.count; to.is_by_atom() && h < to.stride / to.width; ++h) {
+      std::memset(static_cast<void*>(to.at(h, i)), 0, to.width * sizeof(T));
+    }
   }
 }
 
 template <class T>
 void zero(const Features<T>& sums, int64_t heads, int64_t count) {
+  if (sums.is_by_atom()) {
+    std::memset(static_cast<void*>(sums.data), 0, count * sums.stride * sizeof(T));
+    return;
+  }
   for (int64_t h = 0; h < heads; ++h) {
     std::memset(static_cast<void*>(sums.at(h, 0)), 0, count * sums.width * sizeof(T));
   }
@@ -223,7 +235,7 @@ struct Atoms {
     const int64_t rows = capacity(count);
     x.layout(arena, rows);
     if (inputs.pair_index != nullptr) types = arena.take<int64_t>(rows);
-    for (Features<T>* f : {&q, &k, &v}) f->layout(arena, sizes.heads_per_group, rows, sizes.width);
+    for (Features<T>* f : {&q, &k, &v}) f->layout(arena, sizes, rows);
   }
 
   static void prefetch(const Inputs<T>& inputs, const Molecule& m, Group group) {

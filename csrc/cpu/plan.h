@@ -19,9 +19,7 @@ class Plan {
   Plan(const Inputs<T>& inputs, Pass pass, bool sums_radial) {
     find_molecules(inputs);
     check_types(inputs);
-    const int64_t head_width = (inputs.head_dim + 15) / 16 * 16;
-    schedule_.heads_per_group =
-        inputs.is_filter ? std::clamp<int64_t>(128 / head_width, 1, 8) : kBiasHeads;
+    schedule_.heads_per_group = kHeadsOfGroup;
     schedule_.num_groups =
         (inputs.num_heads + schedule_.heads_per_group - 1) / schedule_.heads_per_group;
     cut_molecules();
@@ -32,7 +30,7 @@ class Plan {
     // A slot has its own table to pack and its own gradient to add up: that many pairs pay for it.
     const bool slots = sums_radial || (pass == Pass::kForward && inputs.is_filter);
     const int64_t entries = inputs.radial.num_tables * inputs.radial.num_knots;
-    const int64_t paid = entries ? pairs / (8 * entries) : pairs / 4096;
+    const int64_t paid = entries ? pairs / ((inputs.is_filter ? 64 : 8) * entries) : pairs / 4096;
     schedule_.num_slots = slots ? std::clamp<int64_t>(paid, 1, 32) : 0;
 
     if (pass == Pass::kForward) {
@@ -66,7 +64,7 @@ class Plan {
   const Schedule& schedule() const { return schedule_; }
 
  private:
-  static constexpr int64_t kBiasHeads = 8;
+  static constexpr int64_t kHeadsOfGroup = 8;
   static constexpr int64_t kSmall = 400'000;  // multiply-adds of a product: about 10 µs
   static constexpr int64_t kWhole =
       256;  // atoms of a molecule that is one item, if there are others

@@ -38,7 +38,7 @@ struct SecondBackwardAtoms : Atoms<T> {
     const int64_t rows = this->capacity(count), heads = sizes.heads_per_group;
     const Wanted wanted = wanted_of(call);
     const auto features = [&](Features<T>& f, bool there) {
-      if (there) f.layout(arena, heads, rows, sizes.width);
+      if (there) f.layout(arena, sizes, rows);
     };
     features(d_out, bool(call.d_out));
     features(v_dot, bool(call.v_dot));
@@ -135,11 +135,11 @@ class SecondBackwardWorker {
     for (int64_t n = job.first_item; n < job.last_item; ++n) {
       const Item& item = schedule_.items[n];
       const Molecule& m = schedule_.molecules[item.molecule];
-      if (const Molecule* next = next_small(schedule_, job, n)) {
-        Data::prefetch(call_, *next, group_);
-      }
       if (m.large < 0) {
         atoms_.begin(call_, m, group_);
+        if (const Molecule* next = next_small(schedule_, job, n)) {
+          Data::prefetch(call_, *next, group_);
+        }
         run_tiles(atoms_, 0, m.count, 0, m.count, true);
         atoms_.finish(call_, m, group_, shared_.dx.part(job.group));
       } else {
@@ -252,7 +252,7 @@ class SecondBackwardWorker {
       }
       score_.pull_second(h, wanted_, atoms.to);
     }
-    score_.end_block_second(wanted_);
+    score_.end_block_second(wanted_, atoms.to);
     if (wanted_.geometry) {
       pairs_.pull_second(atoms, atoms.dots.x, call_.affine_dot != nullptr, block, score_.b(),
                          score_.e_dot(), atoms.dx, d_affine_);

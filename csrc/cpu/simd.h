@@ -16,6 +16,8 @@
 #define GEOT_ISA baseline
 #endif
 
+#define GEOT_LAMBDA __attribute__((always_inline))
+
 namespace geot::cpu::GEOT_ISA {
 
 #if defined(__AVX512F__)
@@ -69,13 +71,6 @@ template <class V>
 GEOT_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
-template <class V>
-GEOT_INLINE Element<V> sum_of(V x) {
-  Element<V> total = 0;
-  for (int i = 0; i < kElements<V>; ++i) total += x[i];
-  return total;
-}
-
 // Integers as wide as a T.
 template <class T>
 using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -185,6 +180,11 @@ GEOT_INLINE V sum_replicas(V x) {
     return sum_replicas<2 * S>(shuffle<Exchange<W, S, false>>(x, x) +
                                shuffle<Exchange<W, S, true>>(x, x));
   }
+}
+
+template <class V>
+GEOT_INLINE Element<V> sum_of(V x) {
+  return sum_replicas<1>(x)[0];
 }
 
 // Element i of the result is the sum of the elements of r[i]; N vectors, 4 at least where there
