@@ -4,7 +4,9 @@
 //   G = (Ṡ - ρ)(A - δ) + Ȧ,   Ṗ = P (Ṡ - ρ),   S̄ = P (G - ε)      (linear: Ṗ = Ṡ, S̄ = Ȧ)
 //
 // E pulls back on Ṡ, S̄ on S. A first sweep over the keys of a tile gives ρ = Σ P Ṡ and ε = Σ P G;
-// a second one computes the same numbers again and the sums. Absent tangents cost nothing.
+// a second one computes the same numbers again and the sums. Absent tangents cost nothing. The
+// first sweep also sums up P = exp(S - L) itself: with large scores that is not 1, so far as L is
+// rounded.
 #include "variants.h"
 #include "worker.h"
 
@@ -25,8 +27,8 @@ template <class T>
 struct SecondBackwardAtoms : Atoms<T> {
   Features<T> d_out, v_dot;
   Tangents<T> dots;
-  RowNumbers<T> log_sum, shift;  // L; what A - δ is without dO·v: dr - δ
-  RowNumbers<T> rho, epsilon;
+  RowNumbers<T> log_sum, shift;                 // L; what A - δ is without dO·v: dr - δ
+  RowNumbers<T> rho, epsilon, per_total, rest;  // per_total: 1 / Σ exp(S - L); rest: Σ P (A - δ)
   Gradients<T> to;
   Features<T> grad_d_out, grad_v;
   RowNumbers<T> grad_d_row;
@@ -55,6 +57,8 @@ struct SecondBackwardAtoms : Atoms<T> {
       log_sum.layout(arena, heads, rows);
       rho.layout(arena, heads, rows);
       epsilon.layout(arena, heads, rows);
+      per_total.layout(arena, heads, rows);
+      rest.layout(arena, heads, rows);
     }
     if (call.grad_d_row != nullptr) grad_d_row.layout(arena, heads, rows);
     if (wanted.geometry) dx.layout(arena, rows);
@@ -170,11 +174,11 @@ class SecondBackwardWorker {
         turn_over(tile, atoms.d_out, h, d_out_ + h * sizes_.width * kRows);
       }
       if (!Normalizer::kIsLinear && needs_rows) {
-        for (int64_t h = 0; h < group_.count; ++h) {
-          clear(atoms.rho.at(h, i));
-          clear(atoms.epsilon.at(h, i));
+        for (const auto* x : {&atoms.rho, &atoms.epsilon, &atoms.per_total, &atoms.rest}) {
+          for (int64_t h = 0; h < group_.count; ++h) clear(x->at(h, i));
         }
         for_each_block(tile, 0, count, [&](const Block& block) { sum_rows(atoms, block); });
+        for (int64_t h = 0; h < group_.count; ++h) finish_rows(atoms, tile, h);
       }
       for_each_block(tile, first_key, last_key, [&](const Block& b) { run_block(atoms, b); });
     }
@@ -216,7 +220,7 @@ class SecondBackwardWorker {
     return {s, s_dot};
   }
 
-  // ρ = Σ P Ṡ and ε = Σ P (Ṡ (A - δ) + Ȧ): what ρ adds to G sums up to nothing.
+  // Σ P, Σ P Ṡ, Σ P (A - δ) and Σ P (Ṡ (A - δ) + Ȧ), from which `finish_rows` makes ρ and ε.
   void sum_rows(const Data& atoms, const Block& block) {
     begin_block(atoms, block, false);
     for (int64_t h = 0; h < group_.count; ++h) {
@@ -225,14 +229,33 @@ class SecondBackwardWorker {
         const int64_t lanes = n * kWidth<T>, i = block.tile.first + lanes;
         const V log_sum = load<V>(atoms.log_sum.at(h, i));
         V rho = load<V>(atoms.rho.at(h, i)), epsilon = load<V>(atoms.epsilon.at(h, i));
+        V total = load<V>(atoms.per_total.at(h, i)), rest = load<V>(atoms.rest.at(h, i));
         for (int64_t at = lanes; at < block.keys * kRows; at += kRows) {
           const V p = Normalizer::weight(load<V>(s + at), log_sum), dot = load<V>(s_dot + at);
+          const V a = load<V>(a_ + at);
+          total += p;
           rho += p * dot;
-          epsilon += p * Normalizer::second(dot, load<V>(a_ + at), V{}, load<V>(a_dot_ + at));
+          rest += p * a;
+          epsilon += p * Normalizer::second(dot, a, V{}, load<V>(a_dot_ + at));
         }
+        store(atoms.per_total.at(h, i), total);
+        store(atoms.rest.at(h, i), rest);
         store(atoms.rho.at(h, i), rho);
         store(atoms.epsilon.at(h, i), epsilon);
       }
+    }
+  }
+
+  // ρ = Σ P Ṡ,  ε = Σ P ((Ṡ - ρ)(A - δ) + Ȧ), with P that sums up to 1.
+  void finish_rows(const Data& atoms, const Tile& tile, int64_t h) {
+    for (int64_t n = 0; n < tile.vectors; ++n) {
+      const int64_t i = tile.first + n * kWidth<T>;
+      const V per_total = 1 / load<V>(atoms.per_total.at(h, i));
+      const V rho = load<V>(atoms.rho.at(h, i)) * per_total;
+      const V rest = load<V>(atoms.rest.at(h, i)) * per_total;
+      store(atoms.per_total.at(h, i), per_total);
+      store(atoms.rho.at(h, i), rho);
+      store(atoms.epsilon.at(h, i), load<V>(atoms.epsilon.at(h, i)) * per_total - rho * rest);
     }
   }
 
@@ -263,14 +286,15 @@ class SecondBackwardWorker {
   void differentiate(const Data& atoms, const Block& block, int64_t h, T* s, T* s_dot) {
     for (int64_t n = 0; n < block.tile.vectors; ++n) {
       const int64_t lanes = n * kWidth<T>, i = block.tile.first + lanes;
-      V log_sum{}, rho{}, epsilon{}, row{};
+      V log_sum{}, rho{}, epsilon{}, row{}, per_total = broadcast<V>(1);
       if constexpr (!Normalizer::kIsLinear) {
         log_sum = load<V>(atoms.log_sum.at(h, i));
         rho = load<V>(atoms.rho.at(h, i));
         epsilon = load<V>(atoms.epsilon.at(h, i));
+        per_total = load<V>(atoms.per_total.at(h, i));
       }
       for (int64_t at = lanes; at < block.keys * kRows; at += kRows) {
-        const V p = Normalizer::weight(load<V>(s + at), log_sum);
+        const V p = Normalizer::weight(load<V>(s + at), log_sum) * per_total;
         const V a = load<V>(a_ + at), dot = load<V>(s_dot + at);
         const V g = Normalizer::second(dot, a, rho, load<V>(a_dot_ + at));
         const V p_dot = Normalizer::weight_tangent(p, dot, rho);
