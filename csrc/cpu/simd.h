@@ -240,7 +240,8 @@ template <class V>
 GEOT_INLINE V exp_of(V x) {
   using T = Element<V>;
   using C = ExpLog<T>;
-  using I = Integers<V>;
+  using Bit = std::make_unsigned_t<Integer<T>>;  // wraps around where x is out of range
+  using Bits = Vector<Bit, kElements<V>>;
   V shifted = x * T(1.4426950408889634) + C::kMagic;
   const V n = shifted - C::kMagic;
   V r = x - n * C::kLn2High;
@@ -250,7 +251,7 @@ GEOT_INLINE V exp_of(V x) {
 #pragma GCC unroll 16
   for (int i = kTerms - 2; i >= 0; --i) p = p * r + C::kExp[i];
   p = p * (r * r) + r + 1;
-  const I two_to_n = ((I)shifted << C::kMantissa) + (Integer<T>(C::kBias) << C::kMantissa);
+  const Bits two_to_n = ((Bits)shifted << C::kMantissa) + (Bit(C::kBias) << C::kMantissa);
   p = p * (V)two_to_n;
   p = x < C::kLowest ? V{} : p;
   return x > C::kHighest ? broadcast<V>(__builtin_huge_val()) : p;
