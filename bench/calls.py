@@ -9,7 +9,6 @@ Microseconds of processor time in one thread for the calls, of wall time in all 
 from __future__ import annotations
 
 import csv
-import itertools
 import platform
 import statistics
 import sys
@@ -24,6 +23,8 @@ from torch import Tensor
 import geot_kernels as gk
 from geot_kernels import ops
 from geot_kernels.backends.inputs import Inputs
+
+from .timing import Times, interleaved
 
 CALLS, ROUNDS = 200, 25
 
@@ -59,20 +60,6 @@ class Bare(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Allocates the gradients."""
         return tuple(torch.empty(x.shape) for x in ctx.saved_tensors)
-
-
-def interleaved(
-    functions: dict[str, Callable[[], Any]], calls: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Times each function in turn, round by round: microseconds of one call, sorted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _, (name, function) in itertools.product(range(ROUNDS), functions.items()):
-        function()
-        start = clock()
-        for _ in range(calls):
-            function()
-        times[name].append((clock() - start) / calls * 1e6)
-    return {name: sorted(values) for name, values in times.items()}
 
 
 def call_functions() -> dict[str, Callable[[], Any]]:
@@ -120,19 +107,19 @@ def call_functions() -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure_calls() -> dict[str, list[float]]:
+def measure_calls() -> Times:
     """Times the calls with trivial kernels, in one thread."""
     chosen, threads = ops.choose, torch.get_num_threads()
     ops.choose = lambda *_: Trivial()  # type: ignore[assignment, return-value]
     torch.set_num_threads(1)
     try:
-        return interleaved(call_functions(), CALLS, time.process_time)
+        return interleaved(call_functions(), ROUNDS, calls=CALLS, clock=time.process_time)
     finally:
         ops.choose = chosen
         torch.set_num_threads(threads)
 
 
-def measure_table() -> dict[str, list[float]]:
+def measure_table() -> Times:
     """Times `tabulate` and its parts for GeoT's radial network at the published size."""
     basis = gk.radial.GaussianBasis.geot()
     fn = gk.radial.RadialMLP(basis, 64, 1024, activation="ssp", final_activation="ssp")
@@ -146,7 +133,7 @@ def measure_table() -> dict[str, list[float]]:
         "tabulate, forward": lambda: gk.tabulate(fn, 30.0, 1024),
         "tabulate, forward+backward": both,
     }
-    return interleaved(functions, 1, time.perf_counter)
+    return interleaved(functions, ROUNDS, calls=1)
 
 
 def main() -> None:
@@ -154,10 +141,9 @@ def main() -> None:
     rows = []
     for name, values in {**measure_calls(), **measure_table()}.items():
         low, median, high = statistics.quantiles(values, n=4)
-        rows.append([name, f"{values[0]:.1f}", f"{low:.1f}", f"{median:.1f}", f"{high:.1f}"])
-        print(
-            f"{name:52} min {values[0]:8.1f}  median {median:8.1f} us  ({low:.1f} to {high:.1f})"
-        )
+        least = min(values)
+        rows.append([name, f"{least:.1f}", f"{low:.1f}", f"{median:.1f}", f"{high:.1f}"])
+        print(f"{name:52} min {least:8.1f}  median {median:8.1f} us  ({low:.1f} to {high:.1f})")
     if len(sys.argv) > 1:
         machine = [platform.machine(), torch.get_num_threads(), torch.__version__]
         with Path(sys.argv[1]).open("w", newline="") as file:

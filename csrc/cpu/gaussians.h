@@ -89,8 +89,8 @@ class BiasGaussians {
     store(sum(which, k), load<V>(sum(which, k)) + x);
   }
   static GEOT_INLINE V only_atoms(V x, const Block& block, int64_t n) {
-    for (int64_t i = block.tile.rows - n * kWidth<T>; i < kWidth<T>; ++i) x[i] = 0;
-    return x;
+    const auto lane = lane_numbers<V>() + Integer<T>(n * kWidth<T>);
+    return lane < Integer<T>(block.tile.rows) ? x : V{};
   }
 
   template <bool kSlope>
