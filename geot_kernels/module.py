@@ -12,7 +12,14 @@ from .attention import attention_weights, geo_attention
 from .backends import check_name
 from .checks import check_policies
 from .radial import GaussianBasis, GaussianSum, RadialMLP
-from .table import MIN_KNOTS, RadialTable, number_pairs, radial_coordinate, tabulate
+from .table import (
+    MIN_KNOTS,
+    RadialTable,
+    is_traced,
+    number_pairs,
+    radial_coordinate,
+    tabulate,
+)
 
 _BASIS = 64  # Gaussians of the default radial network, and its hidden width
 
@@ -262,7 +269,7 @@ class FusedGeoAttention(nn.Module):
         """The radial function in the form that `geo_attention` takes: the table, mostly."""
         if self.num_knots is None:
             return self._exact
-        if _is_traced():
+        if is_traced():
             return self._tabulate(self.num_knots)
         if self.training or torch.is_grad_enabled():
             self.refresh()  # an optimizer may step next, and fused ones leave no trace
@@ -324,15 +331,6 @@ class FusedGeoAttention(nn.Module):
             f"num_heads={self.num_heads}, score={self.score!r}, normalizer={self.normalizer!r}, "
             f"r_max={self.r_max} Å, num_knots={self.num_knots}, num_types={self.num_types}"
         )
-
-
-def _is_traced() -> bool:
-    """Whether tensors may be shadows of others: under compilers, tracers and `vmap`."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def _state(x: Tensor) -> tuple[int, int]:

@@ -11,6 +11,7 @@ Gradients flow back through the knots into the network.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,16 +181,36 @@ def spline_slopes(values: Tensor) -> Tensor:
         )
     )
     windows = mirrored.unfold(0, 3 * block, block).transpose(1, 2)  # [blocks, 3 block, C]
+    constants = _spline_constants.__wrapped__ if is_traced() else _spline_constants
+    taps, ramp = constants(last, dtype, device)
+    slopes = (taps @ windows).flatten(0, 1)[: last + 1]
+    near = len(ramp)
+    return torch.cat((slopes[:near] + ramp @ values[:5], slopes[near:]))
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _spline_constants(
+    last: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Taps `[block, 3 block]`, and what the first 5 values add to the first slopes `[near, 5]`."""
+    block = _BLOCK[dtype]
     row = torch.arange(block, dtype=torch.float64, device=device)
     reach = torch.arange(3 * block, dtype=torch.float64, device=device) - block - row[:, None]
     taps = 3 * (_ROOT ** (reach - 1).abs() - _ROOT ** (reach + 1).abs()) / (2 * math.sqrt(3.0))
-    slopes = (taps.to(dtype) @ windows).flatten(0, 1)[: last + 1]
-
     near = row[: last + 1]
     decay = (_ROOT**near - _ROOT ** (2 * last - near)) / (1 - _ROOT ** (2 * last))
     end = torch.tensor(_END_SLOPE, dtype=torch.float64, device=device)
-    ramp = (decay[:, None] * end).to(dtype)  # [near, 5]
-    return torch.cat((slopes[: len(near)] + ramp @ values[:5], slopes[len(near) :]))
+    return taps.to(dtype), (decay[:, None] * end).to(dtype)
+
+
+def is_traced() -> bool:
+    """Whether tensors may be shadows of others: under compilers, tracers and `vmap`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _mirror(index: Tensor, last: int) -> Tensor:
