@@ -1,0 +1,416 @@
+"""First backward: the gradients of `(q, k, v, positions, radial, affine)`.
+
+    A_ij = dO_i·v_j + dr_i
+    softmax:  δ_i = Σ_j P_ij A_ij,  E_ij = P_ij (A_ij - δ_i)        linear:  E_ij = A_ij
+    dv_j = Σ_i P_ij dO_i,   E pulls back on the scores,   b_ij = dL/dz_ij on the positions
+
+One launch. Where a tile takes all keys of a molecule (`IS_WHOLE`), a program has all of them for a
+group of heads, and every pair is computed once. In larger molecules some programs have keys and go
+through the query atoms (dk, dv), the others have query atoms and go through the keys (dq, the
+radial function); both pull back on the positions, each into sums of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..inputs import Inputs
+from . import pair as pt
+from . import radial_gradient as rg
+from .launch import RUN_TIME, Problem
+from .quantum import launch_quantum
+from .radial import evaluate
+from .radial_gradient import RadialSums
+from .sweeps import GeometrySums, Sweeps
+from .tiles import backward_tiles
+
+
+@triton.jit
+def coefficients(
+    q,
+    k,
+    v,
+    d_out,
+    d_row,
+    log_sum,
+    delta,
+    f,
+    scale,
+    pairs,
+    IS_FILTER: tl.constexpr,
+    IS_LINEAR: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`P_ij` and `E_ij`, [I, J]; `δ_i` where a tile has the whole row."""
+    s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
+    a = pt.inner_rows(d_out, v, IS_FILTER, PRECISION)
+    p = pt.weights(s, log_sum, pairs, IS_LINEAR)
+    if IS_LINEAR:
+        return p, tl.where(pairs, a + d_row[:, None], 0)
+    if IS_WHOLE:
+        delta = tl.sum(p * a, 1)
+    return p, p * (a - delta[:, None])
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _attention_bwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    positions_ptr,
+    radial_ptr,
+    affine_ptr,
+    mask_ptr,
+    ptr_ptr,
+    types_ptr,
+    pair_index_ptr,
+    out_ptr,  # [B, N, H, D]; None where a tile has the whole row, and where linear
+    row_ptr,  # [B, N, H]; None where linear
+    d_out_ptr,  # [B, N, H, D]
+    d_row_ptr,  # [B, N, H] or None
+    quantum_ptr,
+    dq_ptr,  # [B, N, H, D], or None, as all that follow
+    dk_ptr,
+    dv_ptr,
+    row_vectors_ptr,  # [parts, B, N, 3]
+    column_vectors_ptr,
+    row_affine_ptr,  # [groups, B, N, 2, T]
+    d_radial_ptr,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    num_atoms,
+    num_blocks,
+    num_groups,
+    heads_per_group,
+    num_types,
+    num_tables,
+    num_channels,
+    num_intervals,
+    r_min,
+    r_max,
+    per_h,
+    scale,
+    num_rows,
+    num_column_blocks,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    IS_FILTER: tl.constexpr,
+    IS_LINEAR: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    group = pid % num_groups
+    block = (pid // num_groups) % num_blocks
+    b = pid // (num_groups * num_blocks)
+    first, count, last = pt.molecule(b, num_atoms, mask_ptr, ptr_ptr, 128)
+    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None)
+    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None)
+    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None)
+    at_features, at_rows = first * (H * D), first * H
+    radial = (radial_ptr, num_channels, num_intervals, num_tables, r_min, r_max, per_h)
+    maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
+    SUM: tl.constexpr = positions_ptr.dtype.element_ty
+    FEATURE: tl.constexpr = SUM if IS_FILTER else q_ptr.dtype.element_ty
+    NEEDS_GEOMETRY: tl.constexpr = column_vectors_ptr is not None or row_affine_ptr is not None
+    first_head = group * heads_per_group
+    last_head = min(H, first_head + heads_per_group)
+
+    if IS_WHOLE or block < num_column_blocks:  # these keys, all query atoms
+        offs_j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        if block * BLOCK_J >= count:
+            return
+        real_j = pt.real_atoms(mask_ptr, first, offs_j, last)
+        there_j = offs_j < count
+        x_j = pt.load_vectors(positions_ptr, first + offs_j, real_j)
+        types_j = pt.load_types(types_ptr, first + offs_j, real_j)
+        dx_j = pt.no_vectors(BLOCK_J, SUM)
+        offs_i = tl.arange(0, BLOCK_I)
+        real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
+        x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
+        types_i = pt.load_types(types_ptr, first + offs_i, real_i)
+        d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+        all_b = tl.zeros([BLOCK_I, BLOCK_J], SUM)
+        for h in range(first_head, last_head):
+            k = pt.load_rows(k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
+            v = pt.load_rows(v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
+            k, v = k.to(FEATURE), v.to(FEATURE)
+            dk = tl.zeros([BLOCK_J, BLOCK_D], SUM)
+            dv = tl.zeros([BLOCK_J, BLOCK_D], SUM)
+            sums = rg.no_sums(BLOCK_K, SUM)
+            for start in range(0, BLOCK_I if IS_ONE_TILE else count, BLOCK_I):
+                if not IS_ONE_TILE:
+                    offs_i = start + tl.arange(0, BLOCK_I)
+                    real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
+                    x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
+                    types_i = pt.load_types(types_ptr, first + offs_i, real_i)
+                    d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                pairs = real_i[:, None] & real_j[None, :]
+                q = pt.load_rows(
+                    q_ptr + h * stride_qh, offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
+                )
+                d_out = pt.load_rows(
+                    d_out_ptr + at_features + h * D, offs_i, real_i, H * D, D, BLOCK_D, ALIGN
+                )
+                q, d_out = q.to(FEATURE), d_out.to(FEATURE)
+                at_i = at_rows + offs_i.to(tl.int64) * H + h
+                log_sum = pt.load_numbers(row_ptr, at_i, real_i, SUM)
+                d_row = pt.load_numbers(d_row_ptr, at_i, real_i, SUM)
+                delta = log_sum
+                if out_ptr is not None:
+                    out = pt.load_rows(
+                        out_ptr + at_features + h * D, offs_i, real_i, H * D, D, BLOCK_D, ALIGN
+                    )
+                    delta = tl.sum(out.to(SUM) * d_out.to(SUM), 1)
+                f, f1 = evaluate(
+                    radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, NEEDS_GEOMETRY
+                )
+                p, e = coefficients(
+                    q,
+                    k,
+                    v,
+                    d_out,
+                    d_row,
+                    log_sum,
+                    delta,
+                    f,
+                    scale,
+                    pairs,
+                    IS_FILTER,
+                    IS_LINEAR,
+                    IS_WHOLE,
+                    PRECISION,
+                )
+                if dv_ptr is not None:
+                    dv += pt.weigh_columns(p, d_out, IS_FILTER, PRECISION)
+                if dk_ptr is not None:
+                    dk += pt.pull_k(e, q, f, IS_FILTER, PRECISION)
+                if IS_WHOLE and dq_ptr is not None:
+                    dq = scale * pt.pull_q(e, k, f, IS_FILTER, PRECISION)
+                    pt.store_rows(
+                        dq_ptr + at_features + h * D, dq, offs_i, offs_i < count, H * D, D,
+                        BLOCK_D, ALIGN,
+                    )
+                g = pt.pull_f(e, q, k, scale, IS_FILTER)
+                if IS_WHOLE and d_radial_ptr is not None:
+                    sums = rg.add(
+                        d_radial_ptr, quantum_ptr, sums, radial, z, table, h, g, pairs, D,
+                        BLOCK_D, K, BLOCK_K, IS_FILTER,
+                    )
+                if NEEDS_GEOMETRY:
+                    all_b += pt.over_channels(g * f1, IS_FILTER)
+                    if not IS_ONE_TILE:
+                        weight = m * all_b * pt.inverse(d)
+                        all_b = tl.zeros([BLOCK_I, BLOCK_J], SUM)
+                        dx_j = pt.subtract_vectors(dx_j, pt.pull_vectors(weight, x_i, x_j, 0))
+                        if IS_WHOLE and row_vectors_ptr is not None:
+                            pt.store_vectors(
+                                row_vectors_ptr,
+                                pt.pull_vectors(weight, x_i, x_j, 1),
+                                h * num_rows.to(tl.int64) + first + offs_i,
+                                offs_i < count,
+                            )
+            if dk_ptr is not None:
+                pt.store_rows(
+                    dk_ptr + at_features + h * D, scale * dk, offs_j, there_j, H * D, D, BLOCK_D,
+                    ALIGN,
+                )
+            if dv_ptr is not None:
+                pt.store_rows(
+                    dv_ptr + at_features + h * D, dv, offs_j, there_j, H * D, D, BLOCK_D, ALIGN
+                )
+            if IS_WHOLE:
+                rg.store_sums(d_radial_ptr, sums, b, h, H, K, BLOCK_K)
+        at_part = group * num_rows.to(tl.int64) + first
+        if IS_ONE_TILE and NEEDS_GEOMETRY:
+            if row_affine_ptr is not None:
+                d_affine = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
+                d_affine = rg.add_affine(
+                    d_affine, all_b * d, all_b, types_j, BLOCK_T, IS_FILTER
+                )
+                rg.store_affine(
+                    row_affine_ptr, at_part + offs_i, offs_i < count, d_affine, BLOCK_T
+                )
+            weight = m * all_b * pt.inverse(d)
+            weight += tl.trans(weight)
+            dx_j = pt.pull_vectors(weight, x_i, x_j, 1)
+        if column_vectors_ptr is not None:
+            pt.store_vectors(column_vectors_ptr, dx_j, at_part + offs_j, there_j)
+    else:  # these query atoms, all keys
+        block -= num_column_blocks
+        offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+        if block * BLOCK_I >= count:
+            return
+        real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
+        there_i = offs_i < count
+        x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
+        types_i = pt.load_types(types_ptr, first + offs_i, real_i)
+        dx_i = pt.no_vectors(BLOCK_I, SUM)
+        d_affine = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
+        for h in range(first_head, last_head):
+            q = pt.load_rows(q_ptr + h * stride_qh, offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
+            d_out = pt.load_rows(
+                d_out_ptr + at_features + h * D, offs_i, real_i, H * D, D, BLOCK_D, ALIGN
+            )
+            q, d_out = q.to(FEATURE), d_out.to(FEATURE)
+            at_i = at_rows + offs_i.to(tl.int64) * H + h
+            log_sum = pt.load_numbers(row_ptr, at_i, real_i, SUM)
+            d_row = pt.load_numbers(d_row_ptr, at_i, real_i, SUM)
+            delta = log_sum
+            if out_ptr is not None:
+                out = pt.load_rows(
+                    out_ptr + at_features + h * D, offs_i, real_i, H * D, D, BLOCK_D, ALIGN
+                )
+                delta = tl.sum(out.to(SUM) * d_out.to(SUM), 1)
+            dq = tl.zeros([BLOCK_I, BLOCK_D], SUM)
+            sums = rg.no_sums(BLOCK_K, SUM)
+            for start in range(0, last, BLOCK_J):
+                offs_j = start + tl.arange(0, BLOCK_J)
+                real_j = pt.real_atoms(mask_ptr, first, offs_j, last)
+                x_j = pt.load_vectors(positions_ptr, first + offs_j, real_j)
+                types_j = pt.load_types(types_ptr, first + offs_j, real_j)
+                pairs = real_i[:, None] & real_j[None, :]
+                d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                k = pt.load_rows(
+                    k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
+                )
+                v = pt.load_rows(
+                    v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN
+                )
+                k, v = k.to(FEATURE), v.to(FEATURE)
+                f, f1 = evaluate(
+                    radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, NEEDS_GEOMETRY
+                )
+                _, e = coefficients(
+                    q,
+                    k,
+                    v,
+                    d_out,
+                    d_row,
+                    log_sum,
+                    delta,
+                    f,
+                    scale,
+                    pairs,
+                    IS_FILTER,
+                    IS_LINEAR,
+                    False,
+                    PRECISION,
+                )
+                if dq_ptr is not None:
+                    dq += pt.pull_q(e, k, f, IS_FILTER, PRECISION)
+                g = pt.pull_f(e, q, k, scale, IS_FILTER)
+                if d_radial_ptr is not None:
+                    sums = rg.add(
+                        d_radial_ptr, quantum_ptr, sums, radial, z, table, h, g, pairs, D,
+                        BLOCK_D, K, BLOCK_K, IS_FILTER,
+                    )
+                if NEEDS_GEOMETRY:
+                    slope = pt.over_channels(g * f1, IS_FILTER)
+                    weight = m * slope * pt.inverse(d)
+                    dx_i = pt.add_vectors(dx_i, pt.pull_vectors(weight, x_i, x_j, 1))
+                    if row_affine_ptr is not None:
+                        d_affine = rg.add_affine(
+                            d_affine, slope * d, slope, types_j, BLOCK_T, IS_FILTER
+                        )
+            if dq_ptr is not None:
+                pt.store_rows(
+                    dq_ptr + at_features + h * D, scale * dq, offs_i, there_i, H * D, D, BLOCK_D,
+                    ALIGN,
+                )
+            row_block = b * (num_blocks - num_column_blocks) + block
+            rg.store_sums(d_radial_ptr, sums, row_block, h, H, K, BLOCK_K)
+        at_part = group * num_rows.to(tl.int64) + first
+        if row_vectors_ptr is not None:
+            pt.store_vectors(row_vectors_ptr, dx_i, at_part + offs_i, there_i)
+        if row_affine_ptr is not None:
+            rg.store_affine(row_affine_ptr, at_part + offs_i, there_i, d_affine, BLOCK_T)
+
+
+def launch_attention_bwd(
+    inputs: Inputs,
+    d_out: Tensor | None,
+    d_row: Tensor | None,
+    out: Tensor,
+    row: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Computes those of the six gradients that `needs` asks for."""
+    problem = Problem(inputs)
+    shape, dtype = inputs.q.shape, inputs.q.dtype
+    d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
+    d_row = None if d_row is None else d_row.contiguous()
+    dq, dk, dv = (problem.empty(*shape, dtype=dtype) if needed else None for needed in needs[:3])
+    tiles = backward_tiles(problem.atoms, problem.block_d, problem.is_filter)
+    if needs[5] and not tiles.is_one_tile:
+        tiles = tiles._replace(is_whole=False)
+    sweeps = Sweeps(problem, tiles)
+    geometry = GeometrySums(problem, sweeps, needs[3], needs[5])
+    sums = None
+    if needs[4]:
+        quantum = functools.partial(launch_quantum, problem, d_out, d_row)
+        sums = RadialSums(problem, sweeps.row_programs, quantum)
+    if sweeps.programs:
+        _attention_bwd_kernel[(sweeps.programs,)](
+            *problem.features,
+            *problem.tensors,
+            None if problem.is_linear or tiles.is_whole else out,
+            None if problem.is_linear else row,
+            d_out,
+            d_row,
+            sums and sums.quantum,
+            dq,
+            dk,
+            dv,
+            geometry.rows,
+            geometry.columns,
+            geometry.affine,
+            sums and sums.sums,
+            *problem.strides,
+            problem.atoms,
+            sweeps.blocks,
+            sweeps.groups,
+            sweeps.heads_per_group,
+            *problem.numbers,
+            problem.rows,
+            sweeps.column_blocks,
+            **problem.constants,
+            **problem.of_gradients(),
+            IS_WHOLE=tiles.is_whole,
+            IS_ONE_TILE=tiles.is_one_tile,
+            BLOCK_I=tiles.block_i,
+            BLOCK_J=tiles.block_j,
+            num_warps=tiles.num_warps,
+            num_stages=1,
+        )
+    gradients = (
+        dq,
+        dk,
+        dv,
+        geometry.positions() if needs[3] else None,
+        sums.gradient() if sums else None,
+        geometry.affine_gradient() if needs[5] else None,
+    )
+    return [x for x in gradients if x is not None]

@@ -1,0 +1,147 @@
+"""From the operators' inputs to a kernel's arguments."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...reference import compute_dtype, largest_molecule
+from ..inputs import Inputs
+from .tiles import power_of_two
+
+RUN_TIME = (  # arguments whose values no kernel is compiled for
+    *(f"stride_{x}{dim}" for x in "qkv" for dim in "bnh"),
+    *("num_atoms", "num_blocks", "num_groups", "heads_per_group"),
+    *("num_rows", "num_column_blocks"),
+    *("num_types", "num_tables", "num_channels", "num_intervals"),
+)
+_MIN_PROGRAMS = 2  # for each multiprocessor, before heads share a program
+
+
+class Problem:
+    """What the kernels of all passes are called with.
+
+    Attributes:
+        atoms: Atoms of the largest molecule, padding included.
+        molecules: `B`.
+        tensors: positions, radial, affine, mask, ptr, types, pair_index.
+        numbers: Those of the types and the table.
+        constants: Compile-time arguments.
+    """
+
+    def __init__(self, inputs: Inputs, upcast: bool = False) -> None:
+        q = inputs.q
+        self.inputs, self.device = inputs, q.device
+        self.is_filter, self.is_linear = inputs.score == "filter", inputs.normalizer == "linear"
+        self.heads, self.head_dim = q.shape[-2:]
+        self.dtype = compute_dtype(q.dtype)
+        self.rows = q.shape[:-2].numel()
+        if inputs.ptr is None:
+            self.molecules, self.atoms = q.shape[:2]
+        else:
+            self.molecules = inputs.ptr.shape[0] - 1
+            atoms = inputs.max_atoms
+            self.atoms = largest_molecule(inputs.ptr) if atoms < 0 else atoms
+        self.features = tuple(_with_unit_stride(x) for x in (q, inputs.k, inputs.v))
+        strides = [_strides(x, inputs.ptr is not None) for x in self.features]
+        self.strides = tuple(n for three in strides for n in three)
+        radial = inputs.radial.contiguous()
+        self.is_table = radial.ndim == 4
+        intervals = radial.shape[1] - 1 if self.is_table else 1
+        self.num_gaussians = 0 if self.is_table else radial.shape[1]
+        self.intervals = intervals
+        self.per_h = intervals / (inputs.r_max - inputs.r_min) if self.is_table else 0.0
+        self.radial = radial
+        self.tables = radial.shape[0] if self.is_table else 1
+        self.channels = radial.shape[-1] if self.is_table else radial.shape[0] - 2
+        self.tensors = (
+            inputs.positions.contiguous(),
+            radial,
+            _contiguous(inputs.affine),
+            _contiguous(inputs.mask),
+            _contiguous(inputs.ptr),
+            _contiguous(inputs.atom_types) if inputs.pair_index is not None else None,
+            _contiguous(inputs.pair_index),
+        )
+        self.num_types = 1 if inputs.pair_index is None else inputs.pair_index.shape[0]
+        self.numbers = (
+            self.num_types,
+            self.tables,
+            self.channels,
+            intervals,
+            inputs.r_min,
+            inputs.r_max,
+            self.per_h,
+            inputs.scale,
+        )
+        self.block_d = power_of_two(max(self.head_dim, 1 if self.is_filter else 16))
+        self.constants: dict[str, Any] = {
+            "H": self.heads,
+            "D": self.head_dim,
+            "K": self.num_gaussians,
+            "IS_FILTER": self.is_filter,
+            "IS_LINEAR": self.is_linear,
+            "BLOCK_D": self.block_d,
+            "ALIGN": _alignment(self.head_dim, *self.strides),
+            "PRECISION": precision(),
+        }
+
+    def groups(self, programs: int) -> tuple[int, int]:
+        """Into how many groups heads are divided over programs, and heads of a group.
+
+        Args:
+            programs: How many there would be with all heads in each.
+        """
+        wanted = _MIN_PROGRAMS * multiprocessors(self.device)
+        groups = min(self.heads, -(-wanted // max(programs, 1)))
+        per_group = -(-self.heads // groups)
+        return -(-self.heads // per_group), per_group
+
+    def of_gradients(self) -> dict[str, int]:
+        """Compile-time arguments that only the backward passes take."""
+        return {
+            "BLOCK_K": power_of_two(max(self.num_gaussians, 16)),
+            "BLOCK_T": power_of_two(max(self.num_types, 16)),
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A result, to be written everywhere."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+
+def precision() -> str:
+    """How float32 features are multiplied."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    if device.type != "cuda":
+        return 132  # interpreted, or compiled for no GPU at hand
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(x: Tensor, is_packed: bool) -> tuple[int, int, int]:
+    """Those of molecule, atom and head."""
+    strides = x.stride()
+    return (0, *strides[:2]) if is_packed else strides[:3]
+
+
+def _alignment(*strides: int) -> int:
+    """The power of two, at most 16, that divides all strides."""
+    bits = 16
+    for n in strides:
+        bits |= n
+    return bits & -bits
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

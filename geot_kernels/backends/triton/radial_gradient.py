@@ -1,0 +1,255 @@
+"""What the passes add to the parameters of the radial function and of the affine map.
+
+**Tables.** A weight `g` on `f(z)` adds to four numbers of the knots around `z`. Triton has no sums
+in shared memory, so they go to memory by atomic additions of 64-bit integers: `g` in units of a
+`quantum`, which a bound on `|g|` gives. Integers have one sum in any order, so results repeat bit
+for bit. The sums are those of an interval, four words side by side where that is what a warp adds:
+`[C, P, G, 4]` of a bias, `[P, G, 4, C]` of a filter; `_knots_kernel` makes knots of them.
+
+**Gaussians.** Sums over the pairs of `g φ`, `g e φ`, `g e² φ`, `e = z - μ`, for each program.
+
+**Affine map.** Sums for each query atom and type of key atom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import pair as pt
+from .launch import Problem
+from .radial import VALUE, channels_of, gaussian, hermite, locate
+
+
+# Tables.
+
+
+@triton.jit
+def words_of(t, g, ORDER: tl.constexpr):
+    """What a weight `g` on a derivative by `t` adds to `y_0`, `s_0`, `y_1`, `s_1`."""
+    w_y, w_0, w_1 = hermite(t, ORDER)
+    if ORDER == VALUE:
+        return g - g * w_y, g * w_0, g * w_y, g * w_1
+    return -(g * w_y), g * w_0, g * w_y, g * w_1
+
+
+@triton.jit
+def add_words(
+    sums_ptr,
+    quantum_ptr,
+    words,
+    radial,
+    table,
+    interval,
+    h,
+    there,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_FILTER: tl.constexpr,
+):
+    """Adds four words of each pair to those of its interval."""
+    _, channels, intervals, tables, _, _, _ = radial
+    per_quantum = tl.load(quantum_ptr + 1)
+    row = (table * intervals + interval).to(tl.int64)
+    channel, real_d = channels_of(h, D, BLOCK_D, IS_FILTER)
+    if IS_FILTER:
+        at = sums_ptr + (row * (4 * channels))[:, :, None] + channel
+        mask = there[:, :, None] & real_d
+        for n in tl.static_range(4):
+            units = tl.floor(words[n] * per_quantum + 0.5).to(tl.int64)
+            tl.atomic_add(at + n * channels, units, mask=mask, sem="relaxed")
+    else:  # the four words of a pair in neighbouring lanes: one sector of memory
+        word = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))  # [I, J, 2, 2]
+        at = sums_ptr + 4 * (h * (tables * intervals).to(tl.int64) + row)[:, :, None, None]
+        at += (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])[None, None, :, :]
+        mask = tl.broadcast_to(there[:, :, None, None], word.shape)
+        units = tl.floor(word * per_quantum + 0.5).to(tl.int64)
+        tl.atomic_add(at, units, mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=("num_tables", "num_intervals", "num_channels"))
+def _knots_kernel(
+    sums_ptr,  # int64 [C, P, G, 4], or [P, G, 4, C] of a filter
+    quantum_ptr,
+    d_knots_ptr,  # [P, G+1, 2, C]
+    num_tables,
+    num_intervals,
+    num_channels,
+    IS_FILTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gives each knot what the intervals on its two sides have summed up."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = offs // num_channels  # table and knot
+    c, knot, table = offs % num_channels, row % (num_intervals + 1), row // (num_intervals + 1)
+    there = table < num_tables
+    interval = table * num_intervals + knot  # to its right
+    stride, step = 4 * num_channels, num_channels
+    at = sums_ptr + interval * stride + c
+    if not IS_FILTER:
+        stride, step = 4, 1
+        at = sums_ptr + (c * num_tables * num_intervals + interval) * 4
+    right, left = there & (knot < num_intervals), there & (knot > 0)
+    quantum = tl.load(quantum_ptr).to(tl.float64)
+    for n in tl.static_range(2):
+        total = tl.load(at + n * step, mask=right, other=0)
+        total += tl.load(at - stride + (2 + n) * step, mask=left, other=0)
+        d_knot = (total.to(tl.float64) * quantum).to(d_knots_ptr.dtype.element_ty)
+        tl.store(d_knots_ptr + (2 * row + n) * num_channels + c, d_knot, mask=there)
+
+
+# Gaussians.
+
+
+@triton.jit
+def no_sums(BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """Sums over pairs for each Gaussian, three times [K]."""
+    zero = tl.zeros([BLOCK_K], DTYPE)
+    return zero, zero, zero
+
+
+@triton.jit
+def add_moments(sums, radial, z, h, g, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Adds `Σ g φ`, `Σ g e φ`, `Σ g e² φ` of a tile."""
+    m_0, m_1, m_2 = sums
+    offs_k = tl.arange(0, BLOCK_K)
+    for k in range(K):
+        e, _, _, phi = gaussian(radial, z, h, k, K)
+        here = offs_k == k
+        m_0 += tl.where(here, tl.sum(g * phi), 0)
+        m_1 += tl.where(here, tl.sum(g * (e * phi)), 0)
+        m_2 += tl.where(here, tl.sum(g * (e * (e * phi))), 0)
+    return m_0, m_1, m_2
+
+
+@triton.jit
+def store_sums(sums_ptr, sums, program, h, H, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Stores a program's sums of head `h`: `[programs, H, 3, K]`."""
+    if K > 0 and sums_ptr is not None:
+        offs_k = tl.arange(0, BLOCK_K)
+        at = sums_ptr + (program.to(tl.int64) * H + h) * (3 * K) + offs_k
+        for n in tl.static_range(3):
+            tl.store(at + n * K, sums[n], mask=offs_k < K)
+
+
+# Both.
+
+
+@triton.jit
+def add(
+    d_radial_ptr,
+    quantum_ptr,
+    sums,
+    radial,
+    z,
+    table,
+    h,
+    g,
+    there,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_FILTER: tl.constexpr,
+):
+    """Adds what the weights `g` on `f(z)` of a tile give; returns the Gaussians' sums."""
+    if K > 0:
+        return add_moments(sums, radial, z, h, g, K, BLOCK_K)
+    interval, t, _ = locate(radial, z)
+    words = words_of(pt.per_channel(t, IS_FILTER), g, VALUE)
+    add_words(
+        d_radial_ptr, quantum_ptr, words, radial, table, interval, h, there, D, BLOCK_D, IS_FILTER
+    )
+    return sums
+
+
+# The affine map.
+
+
+@triton.jit
+def no_affine(BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, DTYPE: tl.constexpr):
+    """Sums for `m` and `c`, [I, T] each."""
+    zero = tl.zeros([BLOCK_I, BLOCK_T], DTYPE)
+    return zero, zero
+
+
+@triton.jit
+def add_affine(sums, d_m, d_c, types_j, BLOCK_T: tl.constexpr, IS_FILTER: tl.constexpr):
+    """Adds what pairs give to `m` and `c`, [I, J], by the type of the key atom."""
+    is_type = (types_j[:, None] == tl.arange(0, BLOCK_T)[None, :]).to(d_m.dtype)  # [J, T]
+    return (
+        sums[0] + pt.weigh_rows(d_m, is_type, IS_FILTER, "ieee"),
+        sums[1] + pt.weigh_rows(d_c, is_type, IS_FILTER, "ieee"),
+    )
+
+
+@triton.jit
+def store_affine(ptr, rows, there, sums, BLOCK_T: tl.constexpr):
+    """Stores the sums of query atoms: `[rows, 2, T]`."""
+    at = ptr + (rows * (2 * BLOCK_T))[:, None] + tl.arange(0, BLOCK_T)[None, :]
+    tl.store(at, sums[0], mask=there[:, None])
+    tl.store(at + BLOCK_T, sums[1], mask=there[:, None])
+
+
+# Before and after the pass.
+
+
+class RadialSums:
+    """Where a pass puts what it adds to the radial function's parameters, and their gradient."""
+
+    def __init__(self, problem: Problem, programs: int, quantum: Callable[[], Tensor]) -> None:
+        self._problem = problem
+        self.quantum: Tensor | None = None
+        device = problem.device
+        if problem.is_table:
+            self.quantum = quantum()
+            size = 4 * problem.channels * problem.tables * problem.intervals
+            self.sums = torch.zeros(size, dtype=torch.int64, device=device)
+        else:
+            shape = (programs, problem.channels, 3, problem.num_gaussians)
+            self.sums = torch.zeros(shape, dtype=problem.dtype, device=device)
+
+    def gradient(self) -> Tensor:
+        """The gradient, like `radial`."""
+        problem = self._problem
+        radial = problem.radial
+        if not problem.is_table:
+            gammas, weights = radial[1], radial[2:]
+            m_0, m_1, m_2 = self.sums.sum(0).unbind(1)  # [C, K]
+            centers = 2 * gammas * (weights * m_1).sum(0)
+            return torch.cat((centers[None], -(weights * m_2).sum(0)[None], m_0))
+        gradient = torch.empty_like(radial)
+        block = 256
+        _knots_kernel[(-(-radial.numel() // (2 * block)),)](
+            self.sums,
+            self.quantum,
+            gradient,
+            problem.tables,
+            problem.intervals,
+            problem.channels,
+            IS_FILTER=problem.is_filter,
+            BLOCK=block,
+            num_warps=4,
+        )
+        return gradient
+
+
+def affine_gradient(problem: Problem, sums: Tensor) -> Tensor:
+    """The gradient of `affine [P, 2]` from sums `[groups, rows, 2, T]` over types of key atoms."""
+    _, _, affine, mask, _, types, pair_index = problem.tensors
+    num_types = problem.num_types
+    sums = sums.sum(0)[..., :num_types]  # [rows, 2, T]
+    if pair_index is None:
+        return sums.sum(0).T.contiguous()
+    types = types.flatten().long()
+    if mask is not None:
+        types = types.masked_fill(~mask.flatten(), 0)
+    of_types = torch.nn.functional.one_hot(types, num_types).to(sums.dtype)
+    by_types = torch.einsum("nt,ncu->tuc", of_types, sums)  # [T, T, 2]
+    gradient = torch.zeros_like(affine)
+    index = pair_index.flatten().long()
+    return gradient.index_put_((index,), by_types.flatten(0, 1), accumulate=True)
