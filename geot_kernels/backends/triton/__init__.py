@@ -15,6 +15,7 @@ from torch import Tensor
 from ..inputs import Inputs, Tangent
 from .backward import launch_attention_bwd as attention_bwd
 from .forward import launch_attention_fwd as attention
+from .second_backward import launch_attention_bwd_bwd as attention_bwd_bwd
 
 def why_not(device, inputs=None):
     return None

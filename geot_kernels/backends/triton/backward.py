@@ -54,9 +54,10 @@ def coefficients(
     p = pt.weights(s, log_sum, pairs, IS_LINEAR)
     if IS_LINEAR:
         return p, tl.where(pairs, a + d_row[:, None], 0)
-    if IS_WHOLE:
-        delta = tl.sum(p * a, 1)
-    return p, p * (a - delta[:, None])
+    else:
+        if IS_WHOLE:
+            delta = tl.sum(p * a, 1)
+        return p, p * (a - delta[:, None])
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -116,7 +117,6 @@ def _attention_bwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -142,15 +142,14 @@ def _attention_bwd_kernel(
         offs_j = block * BLOCK_J + tl.arange(0, BLOCK_J)
         if block * BLOCK_J >= count:
             return
-        real_j = pt.real_atoms(mask_ptr, first, offs_j, last)
-        there_j = offs_j < count
-        x_j = pt.load_vectors(positions_ptr, first + offs_j, real_j)
-        types_j = pt.load_types(types_ptr, first + offs_j, real_j)
+        real_j, x_j, types_j = pt.load_atoms(
+            positions_ptr, types_ptr, mask_ptr, first, offs_j, last
+        )
         dx_j = pt.no_vectors(BLOCK_J, SUM)
         offs_i = tl.arange(0, BLOCK_I)
-        real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
-        x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
-        types_i = pt.load_types(types_ptr, first + offs_i, real_i)
+        real_i, x_i, types_i = pt.load_atoms(
+            positions_ptr, types_ptr, mask_ptr, first, offs_i, last
+        )
         d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
         all_b = tl.zeros([BLOCK_I, BLOCK_J], SUM)
         for h in range(first_head, last_head):
@@ -159,13 +158,12 @@ def _attention_bwd_kernel(
             k, v = k.to(FEATURE), v.to(FEATURE)
             dk = tl.zeros([BLOCK_J, BLOCK_D], SUM)
             dv = tl.zeros([BLOCK_J, BLOCK_D], SUM)
-            sums = rg.no_sums(BLOCK_K, SUM)
             for start in range(0, BLOCK_I if IS_ONE_TILE else count, BLOCK_I):
                 if not IS_ONE_TILE:
                     offs_i = start + tl.arange(0, BLOCK_I)
-                    real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
-                    x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
-                    types_i = pt.load_types(types_ptr, first + offs_i, real_i)
+                    real_i, x_i, types_i = pt.load_atoms(
+                        positions_ptr, types_ptr, mask_ptr, first, offs_i, last
+                    )
                     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
                 pairs = real_i[:, None] & real_j[None, :]
                 q = pt.load_rows(
@@ -215,9 +213,9 @@ def _attention_bwd_kernel(
                     )
                 g = pt.pull_f(e, q, k, scale, IS_FILTER)
                 if IS_WHOLE and d_radial_ptr is not None:
-                    sums = rg.add(
-                        d_radial_ptr, quantum_ptr, sums, radial, z, table, h, g, pairs, D,
-                        BLOCK_D, K, BLOCK_K, IS_FILTER,
+                    rg.add(
+                        d_radial_ptr, quantum_ptr, b * H + h, radial, z, z, table, h, g, g, pairs,
+                        D, BLOCK_D, K, IS_FILTER, False,
                     )
                 if NEEDS_GEOMETRY:
                     all_b += pt.over_channels(g * f1, IS_FILTER)
@@ -234,15 +232,13 @@ def _attention_bwd_kernel(
                             )
             if dk_ptr is not None:
                 pt.store_rows(
-                    dk_ptr + at_features + h * D, scale * dk, offs_j, there_j, H * D, D, BLOCK_D,
+                    dk_ptr + at_features + h * D, scale * dk, offs_j, offs_j < count, H * D, D, BLOCK_D,
                     ALIGN,
                 )
             if dv_ptr is not None:
                 pt.store_rows(
-                    dv_ptr + at_features + h * D, dv, offs_j, there_j, H * D, D, BLOCK_D, ALIGN
+                    dv_ptr + at_features + h * D, dv, offs_j, offs_j < count, H * D, D, BLOCK_D, ALIGN
                 )
-            if IS_WHOLE:
-                rg.store_sums(d_radial_ptr, sums, b, h, H, K, BLOCK_K)
         at_part = group * num_rows.to(tl.int64) + first
         if IS_ONE_TILE and NEEDS_GEOMETRY:
             if row_affine_ptr is not None:
@@ -257,16 +253,16 @@ def _attention_bwd_kernel(
             weight += tl.trans(weight)
             dx_j = pt.pull_vectors(weight, x_i, x_j, 1)
         if column_vectors_ptr is not None:
-            pt.store_vectors(column_vectors_ptr, dx_j, at_part + offs_j, there_j)
+            pt.store_vectors(column_vectors_ptr, dx_j, at_part + offs_j, offs_j < count)
     else:  # these query atoms, all keys
         block -= num_column_blocks
+        row_block = b * (num_blocks - num_column_blocks) + block
         offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
         if block * BLOCK_I >= count:
             return
-        real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
-        there_i = offs_i < count
-        x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
-        types_i = pt.load_types(types_ptr, first + offs_i, real_i)
+        real_i, x_i, types_i = pt.load_atoms(
+            positions_ptr, types_ptr, mask_ptr, first, offs_i, last
+        )
         dx_i = pt.no_vectors(BLOCK_I, SUM)
         d_affine = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
         for h in range(first_head, last_head):
@@ -285,12 +281,11 @@ def _attention_bwd_kernel(
                 )
                 delta = tl.sum(out.to(SUM) * d_out.to(SUM), 1)
             dq = tl.zeros([BLOCK_I, BLOCK_D], SUM)
-            sums = rg.no_sums(BLOCK_K, SUM)
             for start in range(0, last, BLOCK_J):
                 offs_j = start + tl.arange(0, BLOCK_J)
-                real_j = pt.real_atoms(mask_ptr, first, offs_j, last)
-                x_j = pt.load_vectors(positions_ptr, first + offs_j, real_j)
-                types_j = pt.load_types(types_ptr, first + offs_j, real_j)
+                real_j, x_j, types_j = pt.load_atoms(
+                    positions_ptr, types_ptr, mask_ptr, first, offs_j, last
+                )
                 pairs = real_i[:, None] & real_j[None, :]
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
                 k = pt.load_rows(
@@ -303,7 +298,7 @@ def _attention_bwd_kernel(
                 f, f1 = evaluate(
                     radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, NEEDS_GEOMETRY
                 )
-                _, e = coefficients(
+                p, e = coefficients(
                     q,
                     k,
                     v,
@@ -323,9 +318,9 @@ def _attention_bwd_kernel(
                     dq += pt.pull_q(e, k, f, IS_FILTER, PRECISION)
                 g = pt.pull_f(e, q, k, scale, IS_FILTER)
                 if d_radial_ptr is not None:
-                    sums = rg.add(
-                        d_radial_ptr, quantum_ptr, sums, radial, z, table, h, g, pairs, D,
-                        BLOCK_D, K, BLOCK_K, IS_FILTER,
+                    rg.add(
+                        d_radial_ptr, quantum_ptr, row_block * H + h, radial, z, z, table, h, g, g, pairs,
+                        D, BLOCK_D, K, IS_FILTER, False,
                     )
                 if NEEDS_GEOMETRY:
                     slope = pt.over_channels(g * f1, IS_FILTER)
@@ -337,16 +332,14 @@ def _attention_bwd_kernel(
                         )
             if dq_ptr is not None:
                 pt.store_rows(
-                    dq_ptr + at_features + h * D, scale * dq, offs_i, there_i, H * D, D, BLOCK_D,
+                    dq_ptr + at_features + h * D, scale * dq, offs_i, offs_i < count, H * D, D, BLOCK_D,
                     ALIGN,
                 )
-            row_block = b * (num_blocks - num_column_blocks) + block
-            rg.store_sums(d_radial_ptr, sums, row_block, h, H, K, BLOCK_K)
         at_part = group * num_rows.to(tl.int64) + first
         if row_vectors_ptr is not None:
-            pt.store_vectors(row_vectors_ptr, dx_i, at_part + offs_i, there_i)
+            pt.store_vectors(row_vectors_ptr, dx_i, at_part + offs_i, offs_i < count)
         if row_affine_ptr is not None:
-            rg.store_affine(row_affine_ptr, at_part + offs_i, there_i, d_affine, BLOCK_T)
+            rg.store_affine(row_affine_ptr, at_part + offs_i, offs_i < count, d_affine, BLOCK_T)
 
 
 def launch_attention_bwd(
@@ -371,7 +364,7 @@ def launch_attention_bwd(
     sums = None
     if needs[4]:
         quantum = functools.partial(launch_quantum, problem, d_out, d_row)
-        sums = RadialSums(problem, sweeps.row_programs, quantum)
+        sums = RadialSums(problem, sweeps.row_programs, quantum, False)
     if sweeps.programs:
         _attention_bwd_kernel[(sweeps.programs,)](
             *problem.features,

@@ -24,12 +24,13 @@ def begin_rows(s, real_j, best, total, IS_LINEAR: tl.constexpr):
     if IS_LINEAR:
         p = pt.masked(s, real_j, 0)
         return p, 1, best, total + tl.sum(p, 1)
-    s = pt.masked(s * pt.LOG2E, real_j, -float("inf"))
-    top = tl.maximum(best, tl.max(s, 1))
-    there = tl.where(top == -float("inf"), 0, top)  # nothing real until now
-    p = tl.exp2(s - there[:, None])
-    shrunk = tl.exp2(best - there)
-    return p, shrunk, top, total * shrunk + tl.sum(p, 1)
+    else:
+        s = pt.masked(s * pt.LOG2E, real_j, -float("inf"))
+        top = tl.maximum(best, tl.max(s, 1))
+        there = tl.where(top == -float("inf"), 0, top)  # nothing real until now
+        p = tl.exp2(s - there[:, None])
+        shrunk = tl.exp2(best - there)
+        return p, shrunk, top, total * shrunk + tl.sum(p, 1)
 
 
 @triton.jit
@@ -37,7 +38,8 @@ def shrunk_rows(acc, shrunk, IS_LINEAR: tl.constexpr):
     """Older sums, [I, D], brought to the new maximum."""
     if IS_LINEAR:
         return acc
-    return acc * shrunk[:, None]
+    else:
+        return acc * shrunk[:, None]
 
 
 @triton.jit
@@ -45,7 +47,8 @@ def row_number(best, total, IS_LINEAR: tl.constexpr):
     """`L_i = log Σ_j exp(S_ij)`, or `r_i`."""
     if IS_LINEAR:
         return total
-    return (best + tl.log2(tl.where(total > 0, total, 1))) * pt.LN2
+    else:
+        return (best + tl.log2(tl.where(total > 0, total, 1))) * pt.LN2
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -116,10 +119,10 @@ def _attention_fwd_kernel(
     x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
     types_i = pt.load_types(types_ptr, first + offs_i, real_i)
     offs_j = tl.arange(0, BLOCK_J)
-    real_j = pt.real_atoms(mask_ptr, first, offs_j, last)
-    x_j = pt.load_vectors(positions_ptr, first + offs_j, real_j)
-    types_j = pt.load_types(types_ptr, first + offs_j, real_j)
-    _, table, _, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+    real_j, x_j, types_j = pt.load_atoms(
+        positions_ptr, types_ptr, mask_ptr, first, offs_j, last
+    )
+    d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
     SUM: tl.constexpr = z.dtype
     FEATURE: tl.constexpr = SUM if IS_FILTER else q_ptr.dtype.element_ty
 
@@ -132,15 +135,15 @@ def _attention_fwd_kernel(
         for start in range(0, BLOCK_J if IS_WHOLE else last, BLOCK_J):
             if not IS_WHOLE:
                 offs_j = start + tl.arange(0, BLOCK_J)
-                real_j = pt.real_atoms(mask_ptr, first, offs_j, last)
-                x_j = pt.load_vectors(positions_ptr, first + offs_j, real_j)
-                types_j = pt.load_types(types_ptr, first + offs_j, real_j)
-                _, table, _, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                real_j, x_j, types_j = pt.load_atoms(
+                    positions_ptr, types_ptr, mask_ptr, first, offs_j, last
+                )
+                d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
             k = pt.load_rows(k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
             v = pt.load_rows(v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
             k, v = k.to(FEATURE), v.to(FEATURE)
             pairs = real_i[:, None] & real_j[None, :]
-            f, _ = evaluate(radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, False)
+            f = evaluate(radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, False)[0]
             s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
             p, shrunk, best, total = begin_rows(s, real_j, best, total, IS_LINEAR)
             acc = shrunk_rows(acc, shrunk, IS_LINEAR) + pt.weigh_rows(p, v, IS_FILTER, PRECISION)

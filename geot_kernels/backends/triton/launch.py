@@ -103,7 +103,6 @@ class Problem:
     def of_gradients(self) -> dict[str, int]:
         """Compile-time arguments that only the backward passes take."""
         return {
-            "BLOCK_K": power_of_two(max(self.num_gaussians, 16)),
             "BLOCK_T": power_of_two(max(self.num_types, 16)),
         }
 

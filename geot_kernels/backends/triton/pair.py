@@ -26,15 +26,16 @@ def molecule(b, num_atoms, mask_ptr, ptr_ptr, BLOCK: tl.constexpr):
         first = tl.load(ptr_ptr + b).to(tl.int64)
         count = (tl.load(ptr_ptr + b + 1).to(tl.int64) - first).to(tl.int32)
         return first, count, count
-    first = b.to(tl.int64) * num_atoms
-    last = num_atoms
-    if mask_ptr is not None:
-        last = 0
-        for start in range(0, num_atoms, BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            real = tl.load(mask_ptr + first + offs, mask=offs < num_atoms, other=False)
-            last = tl.maximum(last, tl.max(tl.where(real, offs + 1, 0), 0))
-    return first, num_atoms, last
+    else:
+        first = b.to(tl.int64) * num_atoms
+        last = num_atoms
+        if mask_ptr is not None:
+            last = 0
+            for start in range(0, num_atoms, BLOCK):
+                offs = start + tl.arange(0, BLOCK)
+                real = tl.load(mask_ptr + first + offs, mask=offs < num_atoms, other=False)
+                last = tl.maximum(last, tl.max(tl.where(real, offs + 1, 0), 0))
+        return first, num_atoms, last
 
 
 @triton.jit
@@ -51,7 +52,8 @@ def feature_start(ptr, b, first, stride_b, stride_n, IS_PACKED: tl.constexpr):
     """Where the features of a molecule start."""
     if IS_PACKED:
         return ptr + first * stride_n
-    return ptr + b.to(tl.int64) * stride_b
+    else:
+        return ptr + b.to(tl.int64) * stride_b
 
 
 @triton.jit
@@ -98,7 +100,16 @@ def load_types(types_ptr, rows, real):
     """Types of atoms, [I]; 0 for padding and where there are none."""
     if types_ptr is not None:
         return tl.load(types_ptr + rows, mask=real, other=0).to(tl.int32)
-    return tl.zeros(rows.shape, tl.int32)
+    else:
+        return tl.zeros(rows.shape, tl.int32)
+
+
+@triton.jit
+def load_atoms(positions_ptr, types_ptr, mask_ptr, first, offs, last):
+    """Some atoms of a molecule: which are real, positions, types."""
+    real = real_atoms(mask_ptr, first, offs, last)
+    x = load_vectors(positions_ptr, first + offs, real)
+    return real, x, load_types(types_ptr, first + offs, real)
 
 
 @triton.jit
@@ -106,7 +117,8 @@ def load_numbers(ptr, at, real, DTYPE: tl.constexpr):
     """A number of each row, [I]; 0 for padding and where there is none."""
     if ptr is not None:
         return tl.load(ptr + at, mask=real, other=0.0)
-    return tl.zeros(at.shape, DTYPE)
+    else:
+        return tl.zeros(at.shape, DTYPE)
 
 
 # Geometry.
@@ -134,19 +146,28 @@ def inverse(d):
 
 
 @triton.jit
+def pairs_of(types_i, types_j, maps):
+    """The number of the pair of types, [I, J]; 0 where there is one pair."""
+    _, pair_index_ptr, num_types, _ = maps
+    pair = types_i[:, None] * num_types + types_j[None, :]
+    if pair_index_ptr is None:
+        return 0 * pair
+    else:
+        return tl.load(pair_index_ptr + pair).to(tl.int32)
+
+
+@triton.jit
 def geometry(x_i, x_j, types_i, types_j, maps):
     """Distance, number of the table, slope `m_p` and radial coordinate `z`, [I, J]."""
-    affine_ptr, pair_index_ptr, num_types, num_tables = maps
+    affine_ptr, _, _, num_tables = maps
     d = distances(x_i, x_j)
-    pair = tl.zeros(d.shape, tl.int32)
-    if pair_index_ptr is not None:
-        at = types_i[:, None] * num_types + types_j[None, :]
-        pair = tl.load(pair_index_ptr + at).to(tl.int32)
+    pair = pairs_of(types_i, types_j, maps)
     table = tl.minimum(pair, num_tables - 1)
     if affine_ptr is None:
-        return d, table, 1, d
-    m = tl.load(affine_ptr + 2 * pair)
-    return d, table, m, m * d + tl.load(affine_ptr + 2 * pair + 1)
+        return d, table, tl.full(d.shape, 1.0, d.dtype), d
+    else:
+        m = tl.load(affine_ptr + 2 * pair)
+        return d, table, m, m * d + tl.load(affine_ptr + 2 * pair + 1)
 
 
 @triton.jit
@@ -184,7 +205,8 @@ def product(a, b, PRECISION: tl.constexpr):
     """`[I, J] @ [J, D]` in the dtype of `b`, summed in that of scores."""
     if b.dtype == tl.float64:
         return tl.dot(a, b, out_dtype=tl.float64)
-    return tl.dot(a.to(b.dtype), b, input_precision=PRECISION)
+    else:
+        return tl.dot(a.to(b.dtype), b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -192,7 +214,8 @@ def products(q, k, f, scale, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
     """`κ q_i·k_j`, or `κ Σ_c q_ic k_jc f_c` of a filter, [I, J]."""
     if IS_FILTER:
         return scale * tl.sum(q[:, None, :] * k[None, :, :] * f, 2)
-    return scale * product(q, tl.trans(k), PRECISION)
+    else:
+        return scale * product(q, tl.trans(k), PRECISION)
 
 
 @triton.jit
@@ -201,7 +224,8 @@ def scores(q, k, f, scale, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
     s = products(q, k, f, scale, IS_FILTER, PRECISION)
     if IS_FILTER:
         return s
-    return s + f
+    else:
+        return s + f
 
 
 @triton.jit
@@ -209,7 +233,8 @@ def weigh_rows(p, v, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
     """`Σ_j p_ij v_j`, [I, D]."""
     if IS_FILTER:
         return tl.sum(p[:, :, None] * v[None, :, :], 1)
-    return product(p, v, PRECISION)
+    else:
+        return product(p, v, PRECISION)
 
 
 @triton.jit
@@ -217,7 +242,8 @@ def weigh_columns(p, v, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
     """`Σ_i p_ij v_i`, [J, D]."""
     if IS_FILTER:
         return tl.sum(p[:, :, None] * v[:, None, :], 0)
-    return product(tl.trans(p), v, PRECISION)
+    else:
+        return product(tl.trans(p), v, PRECISION)
 
 
 @triton.jit
@@ -225,7 +251,8 @@ def inner_rows(a, b, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
     """`a_i·b_j`, [I, J]."""
     if IS_FILTER:
         return tl.sum(a[:, None, :] * b[None, :, :], 2)
-    return product(a, tl.trans(b), PRECISION)
+    else:
+        return product(a, tl.trans(b), PRECISION)
 
 
 @triton.jit
@@ -233,7 +260,8 @@ def pull_q(e, k, f, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
     """Adjoint of `products` in `q`, without κ: `Σ_j e_ij k_j [f]`, [I, D]."""
     if IS_FILTER:
         return tl.sum(e[:, :, None] * f * k[None, :, :], 1)
-    return product(e, k, PRECISION)
+    else:
+        return product(e, k, PRECISION)
 
 
 @triton.jit
@@ -241,7 +269,8 @@ def pull_k(e, q, f, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
     """Adjoint of `products` in `k`, without κ: `Σ_i e_ij q_i [f]`, [J, D]."""
     if IS_FILTER:
         return tl.sum(e[:, :, None] * f * q[:, None, :], 0)
-    return product(tl.trans(e), q, PRECISION)
+    else:
+        return product(tl.trans(e), q, PRECISION)
 
 
 @triton.jit
@@ -249,7 +278,8 @@ def pull_f(e, q, k, scale, IS_FILTER: tl.constexpr):
     """Adjoint of the scores in `f`: `e_ij`, or `κ e_ij q_ic k_jc`."""
     if IS_FILTER:
         return (scale * e)[:, :, None] * q[:, None, :] * k[None, :, :]
-    return e
+    else:
+        return e
 
 
 @triton.jit
@@ -257,7 +287,8 @@ def over_channels(x, IS_FILTER: tl.constexpr):
     """Sums what the channels of a head give, [I, J]."""
     if IS_FILTER:
         return tl.sum(x, 2)
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -265,7 +296,8 @@ def per_channel(x, IS_FILTER: tl.constexpr):
     """A number of the pair, for all channels of a filter: `[I, J]` as f is shaped."""
     if IS_FILTER:
         return x[:, :, None]
-    return x
+    else:
+        return x
 
 
 # The normalizers.
@@ -282,4 +314,5 @@ def weights(s, log_sum, pairs, IS_LINEAR: tl.constexpr):
     """`P_ij` from the scores and `L_i`; 0 where either atom is padding."""
     if IS_LINEAR:
         return tl.where(pairs, s, 0)
-    return tl.exp2(tl.where(pairs, (s - log_sum[:, None]) * LOG2E, -float("inf")))
+    else:
+        return tl.exp2(tl.where(pairs, (s - log_sum[:, None]) * LOG2E, -float("inf")))

@@ -28,8 +28,9 @@ def _norm(ptr, offs, real, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The largest squared norm of some rows, as the integer with the same bits: NaN is above all."""
     if ptr is None:
         return 0
-    x = pt.load_rows(ptr, offs, real, stride_n, D, BLOCK_D, 1).to(tl.float32)
-    return tl.max(tl.sum(x * x, 1).to(tl.int32, bitcast=True), 0)
+    else:
+        x = pt.load_rows(ptr, offs, real, stride_n, D, BLOCK_D, 1).to(tl.float32)
+        return tl.max(tl.sum(x * x, 1).to(tl.int32, bitcast=True), 0)
 
 
 @triton.jit
@@ -208,3 +209,16 @@ def launch_quantum(
         num_warps=1,
     )
     return quantum
+
+
+def largest_of_radial(problem: Problem, dot: Tensor | None, affine_dot: Tensor | None) -> Tensor:
+    """Bounds `|f|`, `|f'|`, `|ḟ|`, `|m|`, `|ṁ|`, `|ċ|` of a table, `[6]`."""
+    affine = problem.tensors[2]
+    y, s = problem.radial.abs().amax((0, 1, 3))
+    none = torch.zeros((), dtype=y.dtype, device=y.device)
+    y_dot, s_dot = (none, none) if dot is None else dot.abs().amax((0, 1, 3))
+    m = none + 1 if affine is None else affine[:, 0].abs().amax()
+    m_dot, c_dot = (none, none) if affine_dot is None else affine_dot.abs().amax(0)
+    # |w_0|, |w_1| <= 4/27 of the value, <= 1 of the slope; |w_y'| <= 3/2, and |y_1 - y_0| <= 2 |y|
+    bounds = (y + s, problem.per_h * (3 * y + 2 * s), y_dot + s_dot, m, m_dot, c_dot)
+    return torch.stack(bounds).float()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import pair as pt
 from .launch import Problem
-from .radial import VALUE, channels_of, gaussian, hermite, locate
+from .radial import SLOPE, VALUE, channels_of, gaussian, hermite, locate
 
 
 # Tables.
@@ -34,7 +34,8 @@ def words_of(t, g, ORDER: tl.constexpr):
     w_y, w_0, w_1 = hermite(t, ORDER)
     if ORDER == VALUE:
         return g - g * w_y, g * w_0, g * w_y, g * w_1
-    return -(g * w_y), g * w_0, g * w_y, g * w_1
+    else:
+        return -(g * w_y), g * w_0, g * w_y, g * w_1
 
 
 @triton.jit
@@ -106,34 +107,25 @@ def _knots_kernel(
 
 
 @triton.jit
-def no_sums(BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """Sums over pairs for each Gaussian, three times [K]."""
-    zero = tl.zeros([BLOCK_K], DTYPE)
-    return zero, zero, zero
+def add_moments(
+    sums_ptr, slot, radial, z, z_dot, h, g_bar, g_dot, K: tl.constexpr, IS_SECOND: tl.constexpr
+):
+    """Adds a tile's sums of `ḡ eᵖ φ`, p = 0 to 2; then of `g̃ ż eᵖ φ`, 0 to 3, `g̃ eᵖ φ`, 0 to 4.
 
-
-@triton.jit
-def add_moments(sums, radial, z, h, g, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Adds `Σ g φ`, `Σ g e φ`, `Σ g e² φ` of a tile."""
-    m_0, m_1, m_2 = sums
-    offs_k = tl.arange(0, BLOCK_K)
+    To numbers `[slots, 3 or 12, K]` that no other program adds to, in its own order.
+    """
+    COUNT: tl.constexpr = 12 if IS_SECOND else 3
     for k in range(K):
         e, _, _, phi = gaussian(radial, z, h, k, K)
-        here = offs_k == k
-        m_0 += tl.where(here, tl.sum(g * phi), 0)
-        m_1 += tl.where(here, tl.sum(g * (e * phi)), 0)
-        m_2 += tl.where(here, tl.sum(g * (e * (e * phi))), 0)
-    return m_0, m_1, m_2
-
-
-@triton.jit
-def store_sums(sums_ptr, sums, program, h, H, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Stores a program's sums of head `h`: `[programs, H, 3, K]`."""
-    if K > 0 and sums_ptr is not None:
-        offs_k = tl.arange(0, BLOCK_K)
-        at = sums_ptr + (program.to(tl.int64) * H + h) * (3 * K) + offs_k
-        for n in tl.static_range(3):
-            tl.store(at + n * K, sums[n], mask=offs_k < K)
+        at = sums_ptr + slot.to(tl.int64) * (COUNT * K) + k
+        for p in tl.static_range(5 if IS_SECOND else 3):
+            if p < 3:
+                tl.atomic_add(at + p * K, tl.sum(g_bar * phi), sem="relaxed")
+            if IS_SECOND:
+                if p < 4:
+                    tl.atomic_add(at + (3 + p) * K, tl.sum(g_dot * z_dot * phi), sem="relaxed")
+                tl.atomic_add(at + (7 + p) * K, tl.sum(g_dot * phi), sem="relaxed")
+            phi = e * phi
 
 
 # Both.
@@ -143,28 +135,50 @@ def store_sums(sums_ptr, sums, program, h, H, K: tl.constexpr, BLOCK_K: tl.const
 def add(
     d_radial_ptr,
     quantum_ptr,
-    sums,
+    slot,
     radial,
     z,
+    z_dot,
     table,
     h,
-    g,
+    g_bar,
+    g_dot,
     there,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     IS_FILTER: tl.constexpr,
+    IS_SECOND: tl.constexpr,
 ):
-    """Adds what the weights `g` on `f(z)` of a tile give; returns the Gaussians' sums."""
+    """Adds what a tile's `ḡ` on `f(z)` gives, and `g̃` on `f'(z) ż + ḟ(z)` of a second backward."""
     if K > 0:
-        return add_moments(sums, radial, z, h, g, K, BLOCK_K)
-    interval, t, _ = locate(radial, z)
-    words = words_of(pt.per_channel(t, IS_FILTER), g, VALUE)
-    add_words(
-        d_radial_ptr, quantum_ptr, words, radial, table, interval, h, there, D, BLOCK_D, IS_FILTER
-    )
-    return sums
+        add_moments(d_radial_ptr, slot, radial, z, z_dot, h, g_bar, g_dot, K, IS_SECOND)
+    else:
+        interval, t, per_h = locate(radial, z)
+        t = pt.per_channel(t, IS_FILTER)
+        words = words_of(t, g_bar, VALUE)
+        if IS_SECOND:
+            slope = pt.per_channel(per_h * z_dot, IS_FILTER)
+            more = words_of(t, g_dot * slope, SLOPE)
+            words = (
+                words[0] + more[0],
+                words[1] + more[1],
+                words[2] + more[2],
+                words[3] + more[3],
+            )
+        add_words(
+            d_radial_ptr,
+            quantum_ptr,
+            words,
+            radial,
+            table,
+            interval,
+            h,
+            there,
+            D,
+            BLOCK_D,
+            IS_FILTER,
+        )
 
 
 # The affine map.
@@ -201,7 +215,9 @@ def store_affine(ptr, rows, there, sums, BLOCK_T: tl.constexpr):
 class RadialSums:
     """Where a pass puts what it adds to the radial function's parameters, and their gradient."""
 
-    def __init__(self, problem: Problem, programs: int, quantum: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, problem: Problem, programs: int, quantum: Callable[[], Tensor], is_second: bool
+    ) -> None:
         self._problem = problem
         self.quantum: Tensor | None = None
         device = problem.device
@@ -210,18 +226,15 @@ class RadialSums:
             size = 4 * problem.channels * problem.tables * problem.intervals
             self.sums = torch.zeros(size, dtype=torch.int64, device=device)
         else:
-            shape = (programs, problem.channels, 3, problem.num_gaussians)
+            shape = (programs, problem.channels, 12 if is_second else 3, problem.num_gaussians)
             self.sums = torch.zeros(shape, dtype=problem.dtype, device=device)
 
-    def gradient(self) -> Tensor:
-        """The gradient, like `radial`."""
+    def gradient(self, dot: Tensor | None = None) -> Tensor:
+        """The gradient, like `radial`; `dot` is its tangent in a second backward pass."""
         problem = self._problem
         radial = problem.radial
         if not problem.is_table:
-            gammas, weights = radial[1], radial[2:]
-            m_0, m_1, m_2 = self.sums.sum(0).unbind(1)  # [C, K]
-            centers = 2 * gammas * (weights * m_1).sum(0)
-            return torch.cat((centers[None], -(weights * m_2).sum(0)[None], m_0))
+            return gaussians_gradient(radial, dot, self.sums.sum(0))
         gradient = torch.empty_like(radial)
         block = 256
         _knots_kernel[(-(-radial.numel() // (2 * block)),)](
@@ -236,6 +249,29 @@ class RadialSums:
             num_warps=4,
         )
         return gradient
+
+
+def gaussians_gradient(radial: Tensor, dot: Tensor | None, sums: Tensor) -> Tensor:
+    """The gradient of `[2 + C, K]` from sums over pairs `[C, 3 or 12, K]` (see `add_moments`).
+
+    With `φ' = -2γeφ`, `∂φ/∂γ = -e²φ` and their derivatives; the tangent of a Gaussian goes along
+    `ż - μ̇` and `γ̇`, and its weight `w` moves along `ẇ`.
+    """
+    gamma, w = radial[1], radial[2:]
+    m = sums.unbind(1)  # [C, K] each
+    of_center, of_gamma, of_w = 2 * gamma * m[1], -m[2], m[0]
+    if len(m) == 3:
+        return torch.cat((((w * of_center).sum(0, True)), (w * of_gamma).sum(0, True), of_w))
+    center_dot, gamma_dot, w_dot = (0, 0, 0) if dot is None else (dot[0], dot[1], dot[2:])
+    u = m[7:]
+    s = [m[3 + p] - center_dot * u[p] for p in range(4)]  # Σ g̃ (ż - μ̇) eᵖ φ
+    of_w = of_w - 2 * gamma * s[1] - gamma_dot * u[2]
+    of_center = of_center + 2 * gamma * s[0] - 4 * gamma**2 * s[2]
+    of_center = of_center + 2 * gamma_dot * (u[1] - gamma * u[3])
+    of_gamma = of_gamma - 2 * s[1] + 2 * gamma * s[3] + gamma_dot * u[4]
+    d_center = (w * of_center + w_dot * (2 * gamma * u[1])).sum(0, True)
+    d_gamma = (w * of_gamma - w_dot * u[2]).sum(0, True)
+    return torch.cat((d_center, d_gamma, of_w))
 
 
 def affine_gradient(problem: Problem, sums: Tensor) -> Tensor:

@@ -62,6 +62,20 @@ def backward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
     return Tiles(64, 64, 8, False)
 
 
+def second_backward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
+    """Tiles for molecules of at most `atoms` atoms."""
+    keys = max(power_of_two(atoms), 16)
+    if is_filter:
+        return filter_tiles(keys, block_d)
+    if keys <= 16:
+        return Tiles(16, 16, 1, True)
+    if keys <= 32:
+        return Tiles(32, 32, 4, True)
+    if keys <= 64:
+        return Tiles(64, 64, 8, True)
+    return Tiles(32, 64, 8, False)
+
+
 def filter_tiles(keys: int, block_d: int) -> Tiles:
     """Tiles of a filter, whose numbers are `[I, J, D]`."""
     block_j = max(min(keys, 32, _FILTER_ELEMENTS // block_d), 1)
