@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .problems import BiasProblem
+from .ways import Way
 
 STATUS = Path("/proc/self/status")
 
@@ -59,6 +61,32 @@ def extra_bytes(atoms: int) -> int:
     gradients = torch.autograd.grad(out, leaves, way.cotangent)
     after = resident_bytes("VmHWM")
     return after - before - sum(x.nbytes for x in (out, *gradients))
+
+
+def of_a_pass(way: Way, name: str) -> tuple[float, float]:
+    """Memory of a pass that ran before, in MB: at its peak, and how much of that is extra.
+
+    The peak counts the way's own inputs; what is extra is neither input nor output nor gradient.
+    On a GPU it is what PyTorch's allocator handed out, elsewhere the resident memory of this
+    process, which other tensors that were freed can hide.
+    """
+    call, cuda = way.call(name), way.cotangent.is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        return_free_memory()
+        reset_peak()
+        before = resident_bytes("VmRSS")
+    gc.disable()  # what it frees would be missing from the peak
+    result = call()
+    gc.enable()
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
+    tensors = [result] if isinstance(result, Tensor) else [*result, way.cotangent]  # as the output
+    inputs = sum(x.nbytes for x in (*way.inputs, *way.parameters))
+    extra = peak - before - sum(x.nbytes for x in tensors)
+    return (peak - before + inputs) / 1e6, extra / 1e6
 
 
 def in_a_process(atoms: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import platform
 import resource
 import statistics
@@ -21,6 +20,7 @@ import geot_kernels as gk
 SAMPLE_US = 5000.0  # as many calls make one number
 SLOW_US = 50_000.0  # one call slower than that makes a number without an untimed one before it
 WARM_UP = 3
+FEWEST = 5  # rounds, however slow
 IDLE = 30.0  # preemptions a second; with more of them, other processes take part in the times
 
 NUMBERS = ("min_ms", "lower_quartile_ms", "median_ms", "upper_quartile_ms")
@@ -41,6 +41,36 @@ COLUMNS = (
 
 Functions = dict[str, Callable[[], Any]]
 Times = dict[str, list[float]]  # us of one call, by round
+Stopwatch = Callable[[Callable[[], Any], int], float]  # function and number of calls to us of one
+
+
+def cuda_us(function: Callable[[], Any], number: int) -> float:
+    """Microseconds of one call on the current CUDA device, by events; calls may overlap there."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(number):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / number
+
+
+def wall_us(clock: Callable[[], float]) -> Stopwatch:
+    """Microseconds of one call by a clock of seconds."""
+
+    def measure(function: Callable[[], Any], number: int) -> float:
+        start = clock()
+        for _ in range(number):
+            function()
+        return (clock() - start) / number * 1e6
+
+    return measure
+
+
+def stopwatch(device: str) -> Stopwatch:
+    """How time is taken on a type of device."""
+    return cuda_us if device == "cuda" else wall_us(time.perf_counter)
 
 
 def interleaved(
@@ -49,6 +79,8 @@ def interleaved(
     *,
     calls: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    measure: Stopwatch | None = None,
+    at_most_s: float = float("inf"),
 ) -> Times:
     """Times each function in turn, round by round.
 
@@ -60,31 +92,30 @@ def interleaved(
         rounds: Numbers to take of each.
         calls: Calls that make one number; None: as many as take 5 ms.
         clock: Seconds.
+        measure: Takes the place of `clock`, as `cuda_us`.
+        at_most_s: After that time no further round begins, unless there are fewer than 5.
 
     Returns:
         Microseconds of one call, by name and round.
     """
-    speeds = {name: _first_sight(function) for name, function in functions.items()}
+    first = measure or wall_us(time.perf_counter)
+    measure = measure or wall_us(clock)
+    speeds = {name: _first_sight(function, first) for name, function in functions.items()}
     times: Times = {name: [] for name in functions}
-    for _, (name, function) in itertools.product(range(rounds), functions.items()):
-        number = calls or max(round(SAMPLE_US / speeds[name]), 1)
-        if speeds[name] < SLOW_US:
-            function()
-        start = clock()
-        for _ in range(number):
-            function()
-        times[name].append((clock() - start) / number * 1e6)
+    until = time.perf_counter() + at_most_s
+    for number in range(rounds):
+        if number >= FEWEST and time.perf_counter() > until:
+            break
+        for name, function in functions.items():
+            if speeds[name] < SLOW_US:
+                function()
+            times[name].append(measure(function, calls or max(round(SAMPLE_US / speeds[name]), 1)))
     return times
 
 
-def _first_sight(function: Callable[[], Any]) -> float:
+def _first_sight(function: Callable[[], Any], measure: Stopwatch) -> float:
     """Warms a function up and says about how many microseconds a call takes."""
-    shortest = float("inf")
-    for _ in range(WARM_UP):
-        start = time.perf_counter()
-        function()
-        shortest = min(shortest, (time.perf_counter() - start) * 1e6)
-    return shortest
+    return min(measure(function, 1) for _ in range(WARM_UP))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -147,6 +178,13 @@ def _milliseconds(values: Sequence[float]) -> str:
     return f"{median} ms ({low} to {high})"
 
 
+def numbers(values: Sequence[float]) -> dict[str, str]:
+    """The columns that say how long a call took."""
+    low, median, high = quartiles(values)
+    shown = [f"{us / 1e3:.4g}" for us in (min(values), low, median, high)]
+    return {**dict(zip(NUMBERS, shown, strict=True)), "rounds": str(len(values))}
+
+
 class Report:
     """Collects the rows of a run and prints its lines.
 
@@ -160,20 +198,16 @@ class Report:
 
     def measure(self, case: str, functions: Functions, goals: Iterable[Goal]) -> None:
         """Times the functions of a case and prints a line for each goal."""
-        start, before = time.perf_counter(), _preemptions()
+        start, before = time.perf_counter(), preemptions()
         times = interleaved(functions, self.rounds)
-        preempted = (_preemptions() - before) / (time.perf_counter() - start)
+        preempted = (preemptions() - before) / (time.perf_counter() - start)
         print(case)
         if preempted > IDLE:
             print(f"  other processes are running: preempted {preempted:.0f} times a second")
         for goal in goals:
             print(goal.line(times), flush=True)
         for name, values in times.items():
-            low, median, high = quartiles(values)
-            numbers = [f"{us / 1e3:.4g}" for us in (min(values), low, median, high)]
-            named = dict(zip(NUMBERS, numbers, strict=True))
-            named["preemptions_per_s"] = f"{preempted:.1f}"
-            self._add(case, name, rounds=str(len(values)), **named)
+            self._add(case, name, **numbers(values), preemptions_per_s=f"{preempted:.1f}")
 
     def memory(self, case: str, function: str, megabytes: float, at_most: float) -> None:
         """Prints and keeps a measured size."""
@@ -181,8 +215,8 @@ class Report:
         print(f"{case}\n  {function} | {megabytes:.1f} MB | goal <= {at_most:g}: {word}")
         self._add(case, function, extra_memory_mb=f"{megabytes:.1f}", rounds="1")
 
-    def _add(self, case: str, function: str, **numbers: str) -> None:
-        given = {"case": case, "function": function, **numbers, **provenance()}
+    def _add(self, case: str, function: str, **values: str) -> None:
+        given = {"case": case, "function": function, **values, **provenance()}
         self.rows.append({column: given.get(column, "") for column in COLUMNS})
 
     def write(self, path: Path) -> None:
@@ -191,6 +225,38 @@ class Report:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+class Rows:
+    """Rows of a file to which a run adds, each as soon as it is known.
+
+    Args:
+        path: CSV file; rows that it has are kept, and are in `rows`.
+        columns: Its header.
+
+    Raises:
+        ValueError: The file has other columns.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, tuple(columns)
+        self.rows: list[dict[str, str]] = []
+        if not path.exists() or not path.read_text():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(",".join(columns) + "\n")
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != self.columns:
+                raise ValueError(f"{path} has other columns than this version writes")
+            self.rows = list(reader)
+
+    def add(self, rows: Iterable[dict[str, str]]) -> None:
+        """Appends rows to the file; columns not given stay empty."""
+        full = [{column: row.get(column, "") for column in self.columns} for row in rows]
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(full)
+        self.rows += full
 
 
 def provenance() -> dict[str, str]:
@@ -205,7 +271,7 @@ def provenance() -> dict[str, str]:
     }
 
 
-def _preemptions() -> int:
+def preemptions() -> int:
     """How often the system took the processor away from a thread of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 

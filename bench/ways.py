@@ -1,15 +1,36 @@
-"""A way to compute an attention, its three passes, and the check that two ways agree."""
+"""A way to compute an attention, its passes, and the checks that it computes the right thing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 BUDGET = {"out": 1e-5, "gradient": 2e-4, "second gradient": 2e-4}
 """Largest allowed difference of two ways, relative to the largest number; the table's included."""
+
+FEATURES = ("q", "k", "v", "positions")
+PASSES = ("forward", "backward+table", "force_step", "backward", "training")
+"""`backward`: q, k, v, positions (or the bias); `+table`: and the radial parameters; `training`:
+these, but not the positions; `force_step`: see `Way.force_step`."""
+
+Results = dict[str, Tensor]
+
+
+def kind(name: str) -> str:
+    """Of the results of a pass: a key of `BUDGET`."""
+    return {"forward": "out", "force_step": "second gradient"}.get(name, "gradient")
+
+
+def wants(name: str, leaf: str) -> bool:
+    """Whether a pass needs the gradient of a leaf."""
+    if name in ("forward", "backward"):
+        return name == "backward" and leaf in (*FEATURES, "bias")
+    return name != "training" or leaf != "positions"
 
 
 @dataclass
@@ -22,6 +43,9 @@ class Way:
         cotangent: Of the output.
         parameters: Further leaves, which `function` reads.
         heads_first: Whether features are `[B, H, N, D]`, not `[B, N, H, D]`.
+        names: Of the parameters.
+        project: Makes results comparable to those of the oracle, for the check alone.
+        step: Takes the place of `force_step`.
     """
 
     function: Callable[..., Tensor]
@@ -29,6 +53,38 @@ class Way:
     cotangent: Tensor
     parameters: list[Tensor] = field(default_factory=list)
     heads_first: bool = False
+    names: tuple[str, ...] = ()
+    project: Callable[[Results], Results] | None = None
+    step: Callable[[], tuple[Tensor, ...]] | None = None
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Inputs and parameters by name."""
+        named = dict(zip(FEATURES, self.inputs, strict=False))
+        return named | dict(zip(self.names, self.parameters, strict=True))
+
+    def prepare(self, name: str) -> Way:
+        """Lets require a gradient what a pass needs one of, and nothing else."""
+        for leaf, tensor in self.leaves().items():
+            tensor.requires_grad_(name == "force_step" or wants(name, leaf))
+        return self
+
+    def call(self, name: str) -> Callable[[], Any]:
+        """A pass, by its name."""
+        return {"forward": self.forward, "force_step": self.force_step}.get(name, self.backward)
+
+    def named(self, name: str, values: Any) -> Results:
+        """Results of a pass by name, features as `[B, N, H, D]`."""
+        if name == "forward":
+            names = ["out"]
+        else:
+            names = [n for n, x in self.leaves().items() if x.requires_grad]
+            names = [f"d {n}" for n in names if name != "force_step" or n != "positions"]
+        values = [values] if isinstance(values, Tensor) else values
+        results = dict(zip(names, values, strict=True))
+        if self.heads_first:
+            features = results.keys() & {"out", "d q", "d k", "d v"}
+            results |= {n: results[n].transpose(1, 2) for n in features}
+        return results if self.project is None else self.project(results)
 
     def forward(self) -> Tensor:
         """The output, without a graph."""
@@ -36,16 +92,21 @@ class Way:
             return self.function(*self.inputs)
 
     def backward(self) -> tuple[Tensor, ...]:
-        """Forward and backward: gradients of inputs and parameters."""
-        leaves = (*self.inputs, *self.parameters)
+        """Forward and backward: gradients of the inputs and parameters that require one."""
+        leaves = [x for x in (*self.inputs, *self.parameters) if x.requires_grad]
         return torch.autograd.grad(self.function(*self.inputs), leaves, self.cotangent)
 
     def force_step(self) -> tuple[Tensor, ...]:
         """Trains on energies and forces: gradients of q, k, v and parameters.
 
         E_b = Σ out · cotangent over a molecule,   loss = Σ_b E_b² + Σ |dE/dx|²
+
+        Energies of 16-bit features are summed in float32.
         """
-        energies = (self.function(*self.inputs) * self.cotangent).flatten(1).sum(1)
+        if self.step is not None:
+            return self.step()
+        energies = _wide(self.function(*self.inputs)) * _wide(self.cotangent)
+        energies = energies.flatten(1).sum(1)
         (slope,) = torch.autograd.grad(energies.sum(), self.inputs[3], create_graph=True)
         loss = energies.square().sum() + slope.square().sum()
         return torch.autograd.grad(loss, (*self.inputs[:3], *self.parameters))
@@ -57,13 +118,16 @@ class Way:
         return [x.transpose(1, 2) if x.ndim == 4 else x for x in results]
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def check(ours: Way, other: Way, passes: Sequence[str], mask: Tensor | None = None) -> None:
     """Holds our results against another way's.
 
     Raises:
         RuntimeError: One differs by more than `BUDGET`.
     """
-    kinds = {"forward": "out", "backward": "gradient", "force_step": "second gradient"}
     for name in passes:
         results = []
         for way in (ours, other):
@@ -73,7 +137,7 @@ def check(ours: Way, other: Way, passes: Sequence[str], mask: Tensor | None = No
             results = [[out[mask] for out in outs] for outs in results]
         for number, (got, expected) in enumerate(zip(*results, strict=True)):
             error = relative_error(got, expected)
-            if not error <= BUDGET[kinds[name]]:  # a NaN fails too
+            if not error <= BUDGET[kind(name)]:  # a NaN fails too
                 raise RuntimeError(f"{name}, result {number}: relative error {error:.1e}")
 
 
@@ -83,8 +147,80 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def compiled(way: Way) -> Way:
-    """A way under `torch.compile`, for these shapes alone."""
-    torch._dynamo.reset()  # beyond a number of recompilations it would go on uncompiled
+def errors(got: Results, expected: Results) -> dict[str, float]:
+    """Relative errors of those results that the other way has too."""
+    return {n: relative_error(x, expected[n]) for n, x in got.items() if n in expected}
+
+
+def budgets(name: str, losses: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """What each result of a pass may lose.
+
+    Twice what eager PyTorch loses in that dtype, one unit of its rounding, and `BUDGET`, for the
+    table and for float32 sums in another order.
+    """
+    allowed = BUDGET[kind(name)] + torch.finfo(dtype).eps
+    return {result: allowed + 2 * loss for result, loss in losses.items()}
+
+
+def compiled(way: Way, fresh: bool = True) -> Way:
+    """A way under `torch.compile`, for these shapes alone; `fresh` forgets what was compiled."""
+    if fresh:
+        torch._dynamo.reset()  # beyond a number of recompilations it would go on uncompiled
     way.function = torch.compile(way.function, dynamic=False, fullgraph=True)
     return way
+
+
+def compiled_force_step(way: Way) -> Way:
+    """A way whose step on forces is compiled, which takes a trace: `torch.compile` alone refuses.
+
+    The trace is made at the first call, once it is known what requires a gradient.
+    """
+    made: list[Callable[..., Any]] = []
+
+    def step() -> Any:
+        if not made:
+            graph = make_fx(lambda *inputs: replace(way, inputs=[*inputs], step=None).force_step())
+            made.append(torch.compile(graph(*way.inputs), dynamic=False, fullgraph=True))
+        with torch.no_grad():
+            return made[0](*way.inputs)
+
+    return replace(way, step=step)
+
+
+def pair_distance(positions: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Of two atoms, for a `score_mod` of FlexAttention; its derivative is 0 where it is 0."""
+    square = sum((positions[b, i, axis] - positions[b, j, axis]) ** 2 for axis in range(3))
+    apart = square > 0
+    return torch.where(apart, torch.sqrt(torch.where(apart, square, 1.0)), 0.0)
+
+
+def gaussian_score_mod(
+    positions: Tensor, centers: list[float], gammas: list[float], weights: Tensor
+) -> Callable[..., Tensor]:
+    """A `score_mod` that adds a sum of Gaussians; it knows no vectors, so the sum is unrolled."""
+    log2e = 1.4426950408889634
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        dist = pair_distance(positions, b, i, j)
+        for n, (center, gamma) in enumerate(zip(centers, gammas, strict=True)):
+            score = score + weights[h, n] * torch.exp2((dist - center) ** 2 * (-gamma * log2e))
+        return score
+
+    return score_mod
+
+
+def table_score_mod(positions: Tensor, knots: Tensor, r_max: float) -> Callable[..., Tensor]:
+    """A `score_mod` that adds the spline of a table from 0 to `r_max`; knots `[G+1, 2, H]`."""
+    intervals = knots.shape[0] - 1
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        dist = pair_distance(positions, b, i, j)
+        at = torch.clamp(dist * (intervals / r_max), max=float(intervals))
+        g = torch.clamp(at.to(torch.int32), max=intervals - 1)
+        t = at - g
+        u = 1 - t
+        low = (1 + 2 * t) * u * u * knots[g, 0, h] + t * u * u * knots[g, 1, h]
+        high = t * t * (3 - 2 * t) * knots[g + 1, 0, h] - t * t * u * knots[g + 1, 1, h]
+        return score + low + high
+
+    return score_mod

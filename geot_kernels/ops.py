@@ -43,10 +43,13 @@ _CONSTANTS = (
 _PULLED = "Tensor? d_out, Tensor? d_row, Tensor out, Tensor row"
 _DOTTED = ", ".join(f"Tensor? {x}_dot" for x in ("q", "k", "v", "positions", "radial", "affine"))
 _NUM_INPUTS, _NUM_PULLED = 6, 4
+_NUM_ARGS = 16  # of `attention`, before the backend
 _NUM_INDICES = 4  # mask, ptr, atom_types, pair_index: the constants that are tensors
 
 _library = torch.library.Library("geot", "DEF")
-_library.define(f"attention({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor)")
+_library.define(
+    f"attention({_INPUTS}, {_CONSTANTS}, bool forward_only=False) -> (Tensor, Tensor)"
+)
 _library.define(f"attention_weights({_INPUTS.replace('Tensor v, ', '')}, {_CONSTANTS}) -> Tensor")
 _library.define(f"attention_bwd({_PULLED}, {_INPUTS}, bool[] needs, {_CONSTANTS}) -> Tensor[]")
 _library.define(
@@ -76,8 +79,8 @@ def _run(launcher: str, backend: str, inputs: Inputs, *rest: Any) -> Any:
 
 
 def _run_attention(*args: Any) -> Any:
-    *inputs, backend = args
-    return _run("attention", backend, Inputs(*inputs))
+    inputs, backend, forward_only = args[:_NUM_ARGS], args[_NUM_ARGS], args[_NUM_ARGS + 1 :]
+    return _run("attention", backend, Inputs(*inputs), *forward_only)
 
 
 def _run_attention_weights(*args: Any) -> Any:
@@ -222,15 +225,22 @@ def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _autograd(
-    op: Callable[..., Any], function: type[Function], num_tensors: int, result: type
+    op: Callable[..., Any],
+    function: type[Function],
+    num_tensors: int,
+    result: type,
+    forward_only: tuple[bool, ...] = (),
 ) -> Callable[..., Any]:
-    """The Autograd kernel: `function` where a derivative may be asked for, else the operator."""
+    """The Autograd kernel: `function` where a derivative may be asked for, else the operator.
+
+    `forward_only` is what the operator is then told.
+    """
 
     def kernel(*args: Any) -> Any:
         if _differentiable(args[:num_tensors]):
             return result(function.apply(*args[:num_tensors], args[num_tensors:]))
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return op(*args, *forward_only)
 
     return kernel
 
@@ -326,7 +336,7 @@ for _name, _kernel, _fake in _PASSES:
     _op = getattr(torch.ops.geot, _name).default
     torch.library.register_vmap(f"geot::{_name}", _vmap(_op), lib=_library)
     _library.impl(_name, _older_vmap(_op), "Batched")
-_library.impl("attention", _autograd(_attention, _Attention, 6, tuple), "Autograd")
+_library.impl("attention", _autograd(_attention, _Attention, 6, tuple, (True,)), "Autograd")
 _library.impl("attention_weights", _attention_weights_autograd, "Autograd")
 _library.impl("attention_bwd", _autograd(_attention_bwd, _AttentionBackward, 10, list), "Autograd")
 _library.impl(

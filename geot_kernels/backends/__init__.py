@@ -29,8 +29,8 @@ class Backend(Protocol):
     def why_not(self, device: torch.device, inputs: Inputs | None = None) -> str | None:
         """Says why it cannot run on a device, or these inputs; None where it can."""
 
-    def attention(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Forward: `(out, row)`."""
+    def attention(self, inputs: Inputs, forward_only: bool = False) -> tuple[Tensor, Tensor]:
+        """Forward: `(out, row)`; with `forward_only` nobody will differentiate them."""
 
     def attention_weights(self, inputs: Inputs) -> Tensor:
         """The weights `[B, H, N, N]`."""

@@ -29,7 +29,7 @@ def why_not(device: torch.device, inputs: Inputs | None = None) -> str | None:
     return load_library("cpu")
 
 
-def attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def attention(inputs: Inputs, forward_only: bool = False) -> tuple[Tensor, Tensor]:
     """Forward: `(out, row)`."""
     out, row = torch.ops.geot_cpu.attention.default(*_arguments(inputs))
     return out.to(inputs.q.dtype), row

@@ -10,7 +10,7 @@ from ..inputs import Inputs
 from .pair import Batch
 
 
-def attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def attention(inputs: Inputs, forward_only: bool = False) -> tuple[Tensor, Tensor]:
     """Computes `out`, like `q`, and `row`, `q`'s shape without `D` in the compute dtype.
 
     `row` is `L_i = log Σ_j exp(S_ij)` for softmax and `r_i = Σ_j S_ij` for linear.

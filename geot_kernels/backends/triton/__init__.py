@@ -1,21 +1,66 @@
 """Triton kernels for NVIDIA GPUs.
 
 Every pass has a file that reads like its section of docs/math.md: `forward`, `backward`,
-`second_backward`. `pair` and `radial` have what they share, `tiles` the sizes, `launch` turns the
-operators' inputs into arguments.
+`second_backward`; `weights` are those of the forward pass. `pair` has the pair term, `radial` the
+radial function, `radial_gradient` its adjoint. Before a launch: `tiles` chooses sizes, `tables`
+reorders a table, `quantum` finds the unit of integer sums, `sweeps` divides the work of a backward
+pass, `launch` turns the operators' inputs into arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
-from torch import Tensor
+import triton
 
-from ..inputs import Inputs, Tangent
+from ..inputs import Inputs
 from .backward import launch_attention_bwd as attention_bwd
 from .forward import launch_attention_fwd as attention
 from .second_backward import launch_attention_bwd_bwd as attention_bwd_bwd
+from .weights import launch_attention_weights as attention_weights
 
-def why_not(device, inputs=None):
+__all__ = ["attention", "attention_bwd", "attention_bwd_bwd", "attention_weights", "why_not"]
+
+_LEAST_CAPABILITY = (8, 0)
+_LARGEST_HEAD_DIM = 128
+_MOST_TYPES = 256  # of an affine map: sums for each are kept in registers
+_MOST_NUMBERS = 2**31  # of a radial function: its offsets are 32 bits
+
+
+def why_not(device: torch.device, inputs: Inputs | None = None) -> str | None:
+    """Says why the kernels cannot run on a device, or these inputs; None where they can."""
+    interpreted = triton.knobs.runtime.interpret
+    if device.type == "cpu" and not interpreted:
+        return "its kernels run on 'cuda', not on 'cpu' (TRITON_INTERPRET=1 interprets them, slowly)"
+    if device.type not in ("cpu", "cuda"):
+        return f"its kernels run on 'cuda', not on '{device.type}'"
+    if device.type == "cuda" and (reason := _why_not_gpu(device)):
+        return reason
+    return None if inputs is None else _why_not_inputs(inputs, interpreted)
+
+
+@functools.cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs, and this PyTorch is built for AMD's"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"its kernels need compute capability 8.0 or later, and {device} has {major}.{minor}"
+    return None
+
+
+def _why_not_inputs(inputs: Inputs, interpreted: bool) -> str | None:
+    if inputs.q.dtype == torch.float64 and not interpreted:
+        return "its kernels compute in float32, and q is float64"
+    if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
+        return f"its kernels take at most {_LARGEST_HEAD_DIM} channels a head, not {inputs.q.shape[-1]}"
+    if inputs.radial.numel() >= _MOST_NUMBERS:
+        return "its kernels take radial functions of fewer than 2^31 numbers"
+    if inputs.affine is not None and inputs.pair_index is not None:
+        types = inputs.pair_index.shape[0]
+        if types > _MOST_TYPES:
+            return f"its kernels take affine maps of at most {_MOST_TYPES} types, not {types}"
     return None

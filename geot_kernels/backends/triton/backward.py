@@ -25,7 +25,7 @@ from . import pair as pt
 from . import radial_gradient as rg
 from .launch import RUN_TIME, Problem
 from .quantum import launch_quantum
-from .radial import evaluate
+from .radial import evaluate, locate
 from .radial_gradient import RadialSums
 from .sweeps import GeometrySums, Sweeps
 from .tiles import backward_tiles
@@ -99,7 +99,6 @@ def _attention_bwd_kernel(
     heads_per_group,
     num_types,
     num_tables,
-    num_channels,
     num_intervals,
     r_min,
     r_max,
@@ -107,9 +106,11 @@ def _attention_bwd_kernel(
     scale,
     num_rows,
     num_column_blocks,
+    C: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
+    RADIAL: tl.constexpr,
     IS_FILTER: tl.constexpr,
     IS_LINEAR: tl.constexpr,
     IS_WHOLE: tl.constexpr,
@@ -126,11 +127,11 @@ def _attention_bwd_kernel(
     block = (pid // num_groups) % num_blocks
     b = pid // (num_groups * num_blocks)
     first, count, last = pt.molecule(b, num_atoms, mask_ptr, ptr_ptr, 128)
-    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None)
-    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None)
-    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None)
+    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None, ALIGN)
+    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None, ALIGN)
+    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None, ALIGN)
     at_features, at_rows = first * (H * D), first * H
-    radial = (radial_ptr, num_channels, num_intervals, num_tables, r_min, r_max, per_h)
+    radial = (radial_ptr, num_intervals, num_tables, r_min, r_max, per_h)
     maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
     SUM: tl.constexpr = positions_ptr.dtype.element_ty
     FEATURE: tl.constexpr = SUM if IS_FILTER else q_ptr.dtype.element_ty
@@ -151,10 +152,11 @@ def _attention_bwd_kernel(
             positions_ptr, types_ptr, mask_ptr, first, offs_i, last
         )
         d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+        place = locate(radial, z, table, C, RADIAL)
         all_b = tl.zeros([BLOCK_I, BLOCK_J], SUM)
         for h in range(first_head, last_head):
-            k = pt.load_rows(k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
-            v = pt.load_rows(v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
+            k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
+            v = pt.load_rows(pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
             k, v = k.to(FEATURE), v.to(FEATURE)
             dk = tl.zeros([BLOCK_J, BLOCK_D], SUM)
             dv = tl.zeros([BLOCK_J, BLOCK_D], SUM)
@@ -165,9 +167,10 @@ def _attention_bwd_kernel(
                         positions_ptr, types_ptr, mask_ptr, first, offs_i, last
                     )
                     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                    place = locate(radial, z, table, C, RADIAL)
                 pairs = real_i[:, None] & real_j[None, :]
                 q = pt.load_rows(
-                    q_ptr + h * stride_qh, offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
+                    pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
                 )
                 d_out = pt.load_rows(
                     d_out_ptr + at_features + h * D, offs_i, real_i, H * D, D, BLOCK_D, ALIGN
@@ -183,7 +186,7 @@ def _attention_bwd_kernel(
                     )
                     delta = tl.sum(out.to(SUM) * d_out.to(SUM), 1)
                 f, f1 = evaluate(
-                    radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, NEEDS_GEOMETRY
+                    radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, NEEDS_GEOMETRY
                 )
                 p, e = coefficients(
                     q,
@@ -215,7 +218,7 @@ def _attention_bwd_kernel(
                 if IS_WHOLE and d_radial_ptr is not None:
                     rg.add(
                         d_radial_ptr, quantum_ptr, b * H + h, radial, z, z, table, h, g, g, pairs,
-                        D, BLOCK_D, K, IS_FILTER, False,
+                        C, D, BLOCK_D, K, IS_FILTER, False,
                     )
                 if NEEDS_GEOMETRY:
                     all_b += pt.over_channels(g * f1, IS_FILTER)
@@ -266,7 +269,7 @@ def _attention_bwd_kernel(
         dx_i = pt.no_vectors(BLOCK_I, SUM)
         d_affine = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
         for h in range(first_head, last_head):
-            q = pt.load_rows(q_ptr + h * stride_qh, offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
+            q = pt.load_rows(pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
             d_out = pt.load_rows(
                 d_out_ptr + at_features + h * D, offs_i, real_i, H * D, D, BLOCK_D, ALIGN
             )
@@ -288,15 +291,16 @@ def _attention_bwd_kernel(
                 )
                 pairs = real_i[:, None] & real_j[None, :]
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                place = locate(radial, z, table, C, RADIAL)
                 k = pt.load_rows(
-                    k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
+                    pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
                 )
                 v = pt.load_rows(
-                    v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN
+                    pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN
                 )
                 k, v = k.to(FEATURE), v.to(FEATURE)
                 f, f1 = evaluate(
-                    radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, NEEDS_GEOMETRY
+                    radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, NEEDS_GEOMETRY
                 )
                 p, e = coefficients(
                     q,
@@ -320,7 +324,7 @@ def _attention_bwd_kernel(
                 if d_radial_ptr is not None:
                     rg.add(
                         d_radial_ptr, quantum_ptr, row_block * H + h, radial, z, z, table, h, g, g, pairs,
-                        D, BLOCK_D, K, IS_FILTER, False,
+                        C, D, BLOCK_D, K, IS_FILTER, False,
                     )
                 if NEEDS_GEOMETRY:
                     slope = pt.over_channels(g * f1, IS_FILTER)
@@ -352,6 +356,7 @@ def launch_attention_bwd(
 ) -> list[Tensor]:
     """Computes those of the six gradients that `needs` asks for."""
     problem = Problem(inputs)
+    problem.of_table()
     shape, dtype = inputs.q.shape, inputs.q.dtype
     d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
     d_row = None if d_row is None else d_row.contiguous()

@@ -14,12 +14,12 @@ from torch import Tensor
 from ..inputs import Inputs
 from . import pair as pt
 from .launch import RUN_TIME, Problem
-from .radial import evaluate
+from .radial import evaluate, locate
 from .tiles import forward_tiles
 
 
 @triton.jit
-def begin_rows(s, real_j, best, total, IS_LINEAR: tl.constexpr):
+def online_softmax(s, real_j, best, total, IS_LINEAR: tl.constexpr):
     """One step of the online softmax: `P` of a tile, how far older sums shrink, and the sums."""
     if IS_LINEAR:
         p = pt.masked(s, real_j, 0)
@@ -80,15 +80,16 @@ def _attention_fwd_kernel(
     heads_per_group,
     num_types,
     num_tables,
-    num_channels,
     num_intervals,
     r_min,
     r_max,
     per_h,
     scale,
+    C: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
+    RADIAL: tl.constexpr,
     IS_FILTER: tl.constexpr,
     IS_LINEAR: tl.constexpr,
     IS_WHOLE: tl.constexpr,
@@ -108,13 +109,13 @@ def _attention_fwd_kernel(
     offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     there = offs_i < count
     real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
-    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None)
-    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None)
-    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None)
+    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None, ALIGN)
+    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None, ALIGN)
+    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None, ALIGN)
     out_ptr += first * (H * D)
     row_ptr += first * H
 
-    radial = (radial_ptr, num_channels, num_intervals, num_tables, r_min, r_max, per_h)
+    radial = (radial_ptr, num_intervals, num_tables, r_min, r_max, per_h)
     maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
     x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
     types_i = pt.load_types(types_ptr, first + offs_i, real_i)
@@ -123,11 +124,12 @@ def _attention_fwd_kernel(
         positions_ptr, types_ptr, mask_ptr, first, offs_j, last
     )
     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+    place = locate(radial, z, table, C, RADIAL)
     SUM: tl.constexpr = z.dtype
     FEATURE: tl.constexpr = SUM if IS_FILTER else q_ptr.dtype.element_ty
 
     for h in range(group * heads_per_group, min(H, (group + 1) * heads_per_group)):
-        q = pt.load_rows(q_ptr + h * stride_qh, offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
+        q = pt.load_rows(pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
         q = q.to(FEATURE)
         best = tl.full([BLOCK_I], -float("inf"), SUM)
         total = tl.zeros([BLOCK_I], SUM)
@@ -139,13 +141,14 @@ def _attention_fwd_kernel(
                     positions_ptr, types_ptr, mask_ptr, first, offs_j, last
                 )
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-            k = pt.load_rows(k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
-            v = pt.load_rows(v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
+                place = locate(radial, z, table, C, RADIAL)
+            k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
+            v = pt.load_rows(pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
             k, v = k.to(FEATURE), v.to(FEATURE)
             pairs = real_i[:, None] & real_j[None, :]
-            f = evaluate(radial, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER, False)[0]
+            f = evaluate(radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, False)[0]
             s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
-            p, shrunk, best, total = begin_rows(s, real_j, best, total, IS_LINEAR)
+            p, shrunk, best, total = online_softmax(s, real_j, best, total, IS_LINEAR)
             acc = shrunk_rows(acc, shrunk, IS_LINEAR) + pt.weigh_rows(p, v, IS_FILTER, PRECISION)
         if not IS_LINEAR:
             acc = acc / tl.where(total > 0, total, 1)[:, None]
@@ -155,9 +158,15 @@ def _attention_fwd_kernel(
         tl.store(row_ptr + offs_i.to(tl.int64) * H + h, tl.where(real_i, row, 0), mask=there)
 
 
-def launch_attention_fwd(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Computes `out`, like `q`, and `row`, `q`'s shape without `D` in the compute dtype."""
+def launch_attention_fwd(
+    inputs: Inputs, forward_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Computes `out`, like `q`, and `row`, `q`'s shape without `D` in the compute dtype.
+
+    With `forward_only`, what 16-bit features make of a table may be good to 16 bits, and no better.
+    """
     problem = Problem(inputs)
+    problem.of_table(forward_only)
     shape = inputs.q.shape
     out, row = problem.empty(*shape, dtype=inputs.q.dtype), problem.empty(*shape[:-1])
     if not out.numel():

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from ...reference import compute_dtype, largest_molecule
 from ..inputs import Inputs
+from .radial import GAUSSIANS, KNOTS, ROWS, WORDS
+from .tables import MAX_WORDS, rows_of, words_of
 from .tiles import power_of_two
 
 RUN_TIME = (  # arguments whose values no kernel is compiled for
     *(f"stride_{x}{dim}" for x in "qkv" for dim in "bnh"),
     *("num_atoms", "num_blocks", "num_groups", "heads_per_group"),
     *("num_rows", "num_column_blocks"),
-    *("num_types", "num_tables", "num_channels", "num_intervals"),
+    *("num_types", "num_tables", "num_intervals"),
 )
+_PAIRS_FOR_ROWS = 1 << 18  # from here on a launch that reorders the table pays
 _MIN_PROGRAMS = 2  # for each multiprocessor, before heads share a program
 
 
@@ -32,7 +35,7 @@ class Problem:
         constants: Compile-time arguments.
     """
 
-    def __init__(self, inputs: Inputs, upcast: bool = False) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         q = inputs.q
         self.inputs, self.device = inputs, q.device
         self.is_filter, self.is_linear = inputs.score == "filter", inputs.normalizer == "linear"
@@ -70,24 +73,45 @@ class Problem:
         self.numbers = (
             self.num_types,
             self.tables,
-            self.channels,
             intervals,
             inputs.r_min,
             inputs.r_max,
             self.per_h,
             inputs.scale,
         )
+        self.form = GAUSSIANS if not self.is_table else KNOTS
+        if self.is_table and not self.is_filter and self.num_pairs() >= _PAIRS_FOR_ROWS:
+            self.form = ROWS
         self.block_d = power_of_two(max(self.head_dim, 1 if self.is_filter else 16))
         self.constants: dict[str, Any] = {
+            "C": self.channels,
             "H": self.heads,
             "D": self.head_dim,
             "K": self.num_gaussians,
+            "RADIAL": self.form.value,
             "IS_FILTER": self.is_filter,
             "IS_LINEAR": self.is_linear,
             "BLOCK_D": self.block_d,
             "ALIGN": _alignment(self.head_dim, *self.strides),
             "PRECISION": precision(),
         }
+
+    def num_pairs(self) -> int:
+        """Pairs of all heads, at most."""
+        return self.molecules * self.atoms**2 * self.heads
+
+    def of_table(self, forward_only: bool = False) -> None:
+        """Brings the table into the form that the kernels read fastest."""
+        if self.form is not ROWS:
+            return
+        takes_words = self.inputs.q.dtype.itemsize == 2 and self.tables == 1
+        if forward_only and takes_words and self.intervals <= MAX_WORDS:
+            table, fine = words_of(self.radial)
+            self.constants |= {"RADIAL": WORDS.value, "K": table.shape[1] - 4}
+            self.numbers = (*self.numbers[:2], self.intervals * fine, *self.numbers[3:5], self.per_h * fine, self.numbers[6])
+        else:
+            table = rows_of(self.radial)
+        self.tensors = (self.tensors[0], table, *self.tensors[2:])
 
     def groups(self, programs: int) -> tuple[int, int]:
         """Into how many groups heads are divided over programs, and heads of a group.

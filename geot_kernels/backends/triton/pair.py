@@ -48,12 +48,18 @@ def real_atoms(mask_ptr, first, offs, last):
 
 
 @triton.jit
-def feature_start(ptr, b, first, stride_b, stride_n, IS_PACKED: tl.constexpr):
+def feature_start(ptr, b, first, stride_b, stride_n, IS_PACKED: tl.constexpr, ALIGN: tl.constexpr):
     """Where the features of a molecule start."""
     if IS_PACKED:
-        return ptr + first * stride_n
+        return ptr + tl.multiple_of(first * stride_n, ALIGN)
     else:
-        return ptr + b.to(tl.int64) * stride_b
+        return ptr + tl.multiple_of(b.to(tl.int64) * stride_b, ALIGN)
+
+
+@triton.jit
+def of_head(ptr, h, stride_h, ALIGN: tl.constexpr):
+    """Where those of head `h` start."""
+    return ptr + tl.multiple_of(h * stride_h, ALIGN)
 
 
 @triton.jit
@@ -168,6 +174,17 @@ def geometry(x_i, x_j, types_i, types_j, maps):
     else:
         m = tl.load(affine_ptr + 2 * pair)
         return d, table, m, m * d + tl.load(affine_ptr + 2 * pair + 1)
+
+
+@triton.jit
+def in_layout_of_scores(x):
+    """The same numbers where a matrix product leaves its own.
+
+    Nothing else tells Triton where to keep what is used with scores again and again: it would
+    carry each lookup's result there, for every head, instead of `x` once.
+    """
+    zero = tl.zeros([x.shape[0], 16], tl.bfloat16)
+    return x + tl.dot(zero, tl.trans(tl.zeros([x.shape[1], 16], tl.bfloat16)))
 
 
 @triton.jit

@@ -78,15 +78,15 @@ def _norms_kernel(
     offs = block * BLOCK + tl.arange(0, BLOCK)
     real = pt.real_atoms(mask_ptr, first, offs, last)
     is_packed: tl.constexpr = ptr_ptr is not None
-    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, is_packed)
-    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, is_packed)
-    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, is_packed)
+    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, is_packed, 1)
+    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, is_packed, 1)
+    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, is_packed, 1)
     rows = first + offs
     q, k, v, d_out, d_row, q_dot, k_dot, v_dot = 0, 0, 0, 0, 0, 0, 0, 0
     for h in range(H):
-        q = tl.maximum(q, _norm(q_ptr + h * stride_qh, offs, real, stride_qn, D, BLOCK_D))
-        k = tl.maximum(k, _norm(k_ptr + h * stride_kh, offs, real, stride_kn, D, BLOCK_D))
-        v = tl.maximum(v, _norm(v_ptr + h * stride_vh, offs, real, stride_vn, D, BLOCK_D))
+        q = tl.maximum(q, _norm(pt.of_head(q_ptr, h, stride_qh, 1), offs, real, stride_qn, D, BLOCK_D))
+        k = tl.maximum(k, _norm(pt.of_head(k_ptr, h, stride_kh, 1), offs, real, stride_kn, D, BLOCK_D))
+        v = tl.maximum(v, _norm(pt.of_head(v_ptr, h, stride_vh, 1), offs, real, stride_vn, D, BLOCK_D))
         at = h * D
         d_out = tl.maximum(d_out, _norm(d_out_ptr + at, rows, real, H * D, D, BLOCK_D))
         if d_row_ptr is not None:

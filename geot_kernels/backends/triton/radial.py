@@ -1,12 +1,15 @@
 """The radial function in a kernel: a table's cubic, or a sum of Gaussians, and derivatives.
 
-On the interval `z = z_g + t h`, with `y_1 - y_0` so that no derivative is a difference of large
-numbers (the weights and their adjoint are section 4 of docs/math.md):
+A table comes in one of three forms (`RADIAL`):
 
-    f = y_0 + w_y (y_1 - y_0) + w_0 s_0 + w_1 s_1
+    KNOTS   as the user has it, `[P, G+1, 2, C]`: values and slopes, read at `y_0 s_0 y_1 s_1`
+    ROWS    of a bias: `[C, P, G+3, 4]`, the coefficients of each interval's cubic, 16 bytes that
+            one instruction reads; constant rows below and above it (see `tables`)
+    WORDS   of a bias in 16 bits that nobody differentiates: `[C, W]`, value and rise of a finer
+            linear table in 32 bits, which a program reads from shared memory
 
-`radial` bundles what describes the function: `(pointer, channels C, intervals G, tables P,
-r_min, r_max, 1/h)`; of Gaussians `(pointer, ...)` to centers, gammas and weights `[2 + C, K]`.
+`GAUSSIANS` are evaluated as they are, K exponentials for each pair: centers, gammas and weights
+`[2 + C, K]`. `K` is their number, or that of the words `W`. `radial` bundles `(pointer, intervals G, tables P, r_min, r_max, 1/h)`.
 """
 
 import triton
@@ -14,16 +17,28 @@ import triton.language as tl
 
 from .pair import LOG2E, per_channel
 
+KNOTS = tl.constexpr(0)
+ROWS = tl.constexpr(1)
+WORDS = tl.constexpr(2)
+GAUSSIANS = tl.constexpr(3)
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2²³: the last bits of x + magic are x, rounded
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+
 # Derivatives of the cubic in t: 0, 1, 2.
 VALUE = tl.constexpr(0)
 SLOPE = tl.constexpr(1)
 CURVATURE = tl.constexpr(2)
 
 
+# Where a pair is in the table.
+
+
 @triton.jit
-def locate(radial, z):
+def interval_of(radial, z):
     """The interval `g`, the fraction `t` in it, and 1/h, which is 0 outside of the table."""
-    _, _, intervals, _, r_min, r_max, per_h = radial
+    _, intervals, _, r_min, r_max, per_h = radial
     top = intervals.to(z.dtype)
     u = tl.clamp((z - r_min) * per_h, 0.0 * top, top, propagate_nan=tl.PropagateNan.ALL)
     g = tl.minimum(tl.maximum(u.to(tl.int32), 0), intervals - 1)
@@ -32,45 +47,106 @@ def locate(radial, z):
 
 
 @triton.jit
-def hermite(t, ORDER: tl.constexpr):
-    """The weights of `y_1 - y_0`, `s_0` and `s_1` in a derivative by `t`."""
-    if ORDER == VALUE:
-        u = 1 - t
-        return t * t * (3 - 2 * t), t * u * u, -t * t * u
+def split(u, last):
+    """`u = n + t`, `0 <= t <= 1`, without conversions, which are slow: `n` at most `last`, `t`."""
+    if INTERPRETED:
+        n = tl.floor(u)
+        return tl.minimum(tl.maximum(n.to(tl.int32), 0), last), u - n
     else:
-        if ORDER == SLOPE:
-            return 6 * t * (1 - t), (3 * t - 4) * t + 1, (3 * t - 2) * t
-        else:
-            return 6 - 12 * t, 6 * t - 4, 6 * t - 2
+        shifted = u + (_MAGIC - 0.5)
+        n = shifted.to(tl.int32, bitcast=True) - _MAGIC_BITS
+        # Not a number: any row will do, and t says it.
+        return tl.minimum(tl.maximum(n, 0), last), u - (shifted - _MAGIC)
 
 
 @triton.jit
-def load_knots(radial, table, g, h, there, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_FILTER: tl.constexpr):
+def locate(radial, z, table, C: tl.constexpr, RADIAL: tl.constexpr):
+    """Where `evaluate` finds a pair: an offset, the fraction `t`, and 1/h, 0 outside."""
+    _, intervals, _, r_min, _, per_h = radial
+    if RADIAL == GAUSSIANS:
+        return table, z, z
+    elif RADIAL == KNOTS:
+        g, t, inside = interval_of(radial, z)
+        return (table * (intervals + 1) + g) * (2 * C), t, inside
+    elif RADIAL == ROWS:
+        top = intervals.to(z.dtype) + 2.5
+        u = (z - r_min) * per_h + 2.0
+        u = tl.clamp(u, 0.0 * top + 1.0, top, propagate_nan=tl.PropagateNan.ALL)
+        row, t = split(u, intervals + 2)
+        return 4 * (table * (intervals + 3) + row), t, per_h
+    else:
+        top = intervals.to(z.dtype)
+        u = (z - r_min) * per_h
+        u = tl.clamp(u, 0.0 * top, top - 0.001, propagate_nan=tl.PropagateNan.ALL)
+        row, t = split(u, intervals - 1)
+        return row, t, per_h
+
+
+# What is there.
+
+
+@triton.jit
+def look_up(ptr, at):
+    """Four float32 numbers at `at [I, J]` of a table that nobody writes.
+
+    As an instruction of its own a lookup takes whatever layout the scores have. Triton would give
+    a `tl.load` a layout for neighbouring addresses, which these are not, and then carry every
+    result through shared memory into the layout of the scores.
+    """
+    if INTERPRETED:
+        at = ptr + at
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 at; mul.wide.u32 at, $5, 4; add.s64 at, at, $4;"
+            "  ld.global.nc.v4.f32 {$0, $1, $2, $3}, [at]; }",
+            "=f,=f,=f,=f,l,r",
+            [tl.zeros(at.shape, tl.int64) + ptr.to(tl.int64), at],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def linear(ptr, place, h, W: tl.constexpr):
+    """The linear table's value, from words in shared memory."""
+    ptr += h * (W + 4)
+    words = tl.load(ptr + tl.arange(0, W))
+    unit = tl.load(ptr + W).to(tl.float32, bitcast=True)
+    lowest = tl.load(ptr + W + 1).to(tl.float32, bitcast=True)
+    at, t, _ = place
+    SIZE: tl.constexpr = at.shape[0] * at.shape[1]
+    word = tl.reshape(tl.gather(words, tl.reshape(at, [SIZE]), 0), at.shape)
+    if INTERPRETED:
+        y, rise = (word >> 16).to(tl.float32), ((word & 0xFFFF) - 32768).to(tl.float32)
+        return lowest + unit * (y + t * rise)
+    else:  # as the last bits of 2²³ + n: conversions are slow
+        y = ((word >> 16) | 0x4B000000).to(tl.float32, bitcast=True)
+        rise = ((word & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8421376.0
+        return (lowest - unit * 8388608.0) + unit * (y + t * rise)
+
+
+@triton.jit
+def load_knots(
+    ptr,
+    at,
+    h,
+    there,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_FILTER: tl.constexpr,
+):
     """`y_0`, `s_0`, `y_1 - y_0`, `s_1` of intervals, `[I, J]` or `[I, J, D]`."""
-    ptr, channels, intervals, _, _, _, _ = radial
     channel, real_d = channels_of(h, D, BLOCK_D, IS_FILTER)
-    at = ptr + per_channel((table * (intervals + 1) + g) * (2 * channels), IS_FILTER) + channel
-    if IS_FILTER:
-        there = there[:, :, None] & real_d
-        y_0 = tl.load(at, mask=there, other=0.0)
-        s_0 = tl.load(at + channels, mask=there, other=0.0)
-        y_1 = tl.load(at + 2 * channels, mask=there, other=0.0)
-        s_1 = tl.load(at + 3 * channels, mask=there, other=0.0)
-    else:  # every address is valid
-        y_0, s_0 = tl.load(at), tl.load(at + channels)
-        y_1, s_1 = tl.load(at + 2 * channels), tl.load(at + 3 * channels)
+    at = ptr + per_channel(at, IS_FILTER) + channel
+    there = per_channel(there, IS_FILTER) & real_d
+    y_0 = tl.load(at, mask=there, other=0.0)
+    s_0 = tl.load(at + C, mask=there, other=0.0)
+    y_1 = tl.load(at + 2 * C, mask=there, other=0.0)
+    s_1 = tl.load(at + 3 * C, mask=there, other=0.0)
     return y_0, s_0, y_1 - y_0, s_1
-
-
-@triton.jit
-def combine(knots, t, ORDER: tl.constexpr):
-    """A derivative of the cubic, by t."""
-    w_y, w_0, w_1 = hermite(t, ORDER)
-    risen = w_y * knots[2] + (w_0 * knots[1] + w_1 * knots[3])
-    if ORDER == VALUE:
-        return knots[0] + risen
-    else:
-        return risen
 
 
 @triton.jit
@@ -81,6 +157,65 @@ def channels_of(h, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_FILTER: tl.constex
         return h * D + offs_d, offs_d < D
     else:
         return h, True
+
+
+# The cubic and its derivatives by t.
+
+
+@triton.jit
+def hermite(t, ORDER: tl.constexpr):
+    """The weights of `y_1 - y_0`, `s_0` and `s_1` in a derivative by `t`.
+
+    With `y_1 - y_0`, no derivative is a difference of large numbers.
+    """
+    if ORDER == VALUE:
+        u = 1 - t
+        return t * t * (3 - 2 * t), t * u * u, -t * t * u
+    elif ORDER == SLOPE:
+        return 6 * t * (1 - t), (3 * t - 4) * t + 1, (3 * t - 2) * t
+    else:
+        return 6 - 12 * t, 6 * t - 4, 6 * t - 2
+
+
+@triton.jit
+def combine(knots, t, ORDER: tl.constexpr, RADIAL: tl.constexpr):
+    """A derivative of the cubic, by t, from an interval's knots or its coefficients."""
+    if RADIAL == KNOTS:
+        w_y, w_0, w_1 = hermite(t, ORDER)
+        risen = w_y * knots[2] + (w_0 * knots[1] + w_1 * knots[3])
+        if ORDER == VALUE:
+            return knots[0] + risen
+        else:
+            return risen
+    elif ORDER == VALUE:
+        return knots[0] + t * (knots[1] + t * (knots[2] + t * knots[3]))
+    elif ORDER == SLOPE:
+        return knots[1] + t * (2 * knots[2] + t * (3 * knots[3]))
+    else:
+        return 2 * knots[2] + t * (6 * knots[3])
+
+
+@triton.jit
+def cubic(
+    radial,
+    place,
+    h,
+    there,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RADIAL: tl.constexpr,
+    IS_FILTER: tl.constexpr,
+):
+    """The numbers of the pairs' intervals, for `combine`."""
+    ptr, intervals, tables, _, _, _ = radial
+    if RADIAL == KNOTS:
+        return load_knots(ptr, place[0], h, there, C, D, BLOCK_D, IS_FILTER)
+    else:
+        return look_up(ptr + 4 * h * (tables * (intervals + 3)).to(tl.int64), place[0])
+
+
+# Gaussians.
 
 
 @triton.jit
@@ -105,33 +240,6 @@ def gaussians(radial, z, h, K: tl.constexpr, NEEDS_SLOPE: tl.constexpr):
 
 
 @triton.jit
-def evaluate(
-    radial,
-    z,
-    table,
-    h,
-    there,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    K: tl.constexpr,
-    IS_FILTER: tl.constexpr,
-    NEEDS_SLOPE: tl.constexpr,
-):
-    """`f` and `f'` at the pairs of a tile, of the channels of head `h`."""
-    if K > 0:
-        return gaussians(radial, z, h, K, NEEDS_SLOPE)
-    else:
-        g, t, per_h = locate(radial, z)
-        knots = load_knots(radial, table, g, h, there, D, BLOCK_D, IS_FILTER)
-        t = per_channel(t, IS_FILTER)
-        f = combine(knots, t, VALUE)
-        if NEEDS_SLOPE:
-            return f, per_channel(per_h, IS_FILTER) * combine(knots, t, SLOPE)
-        else:
-            return f, f
-
-
-@triton.jit
 def gaussians_twice(radial, dot_ptr, z, h, K: tl.constexpr):
     """`f`, `f'`, `f''`, `ḟ`, `ḟ'` of Gaussians."""
     f, f1, f2, f_dot, f1_dot = 0 * z, 0 * z, 0 * z, 0 * z, 0 * z
@@ -152,33 +260,66 @@ def gaussians_twice(radial, dot_ptr, z, h, K: tl.constexpr):
     return f, f1, f2, f_dot, f1_dot
 
 
+# Any of them, at the pairs of a tile, for the channels of head `h`.
+
+
+@triton.jit
+def evaluate(
+    radial,
+    place,
+    h,
+    there,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    K: tl.constexpr,
+    RADIAL: tl.constexpr,
+    IS_FILTER: tl.constexpr,
+    NEEDS_SLOPE: tl.constexpr,
+):
+    """`f` and `f'`."""
+    if RADIAL == GAUSSIANS:
+        return gaussians(radial, place[1], h, K, NEEDS_SLOPE)
+    elif RADIAL == WORDS:
+        f = linear(radial[0], place, h, K)
+        return f, f
+    else:
+        knots = cubic(radial, place, h, there, C, D, BLOCK_D, RADIAL, IS_FILTER)
+        t = per_channel(place[1], IS_FILTER)
+        f = combine(knots, t, VALUE, RADIAL)
+        if NEEDS_SLOPE:
+            return f, per_channel(place[2], IS_FILTER) * combine(knots, t, SLOPE, RADIAL)
+        else:
+            return f, f
+
+
 @triton.jit
 def evaluate_twice(
     radial,
     dot_ptr,
-    z,
-    table,
+    place,
     h,
     there,
+    C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     K: tl.constexpr,
+    RADIAL: tl.constexpr,
     IS_FILTER: tl.constexpr,
 ):
     """`f`, `f'`, `f''`, and along the parameters' tangent `ḟ`, `ḟ'` (0 where there is none)."""
-    if K > 0:
-        return gaussians_twice(radial, dot_ptr, z, h, K)
+    if RADIAL == GAUSSIANS:
+        return gaussians_twice(radial, dot_ptr, place[1], h, K)
     else:
-        g, t, per_h = locate(radial, z)
-        knots = load_knots(radial, table, g, h, there, D, BLOCK_D, IS_FILTER)
-        t, per_h = per_channel(t, IS_FILTER), per_channel(per_h, IS_FILTER)
-        f = combine(knots, t, VALUE)
-        f1 = per_h * combine(knots, t, SLOPE)
-        f2 = per_h * per_h * combine(knots, t, CURVATURE)
+        knots = cubic(radial, place, h, there, C, D, BLOCK_D, RADIAL, IS_FILTER)
+        t, per_h = per_channel(place[1], IS_FILTER), per_channel(place[2], IS_FILTER)
+        f = combine(knots, t, VALUE, RADIAL)
+        f1 = per_h * combine(knots, t, SLOPE, RADIAL)
+        f2 = per_h * per_h * combine(knots, t, CURVATURE, RADIAL)
         if dot_ptr is None:
             return f, f1, f2, 0 * f, 0 * f
         else:
-            _, channels, intervals, tables, r_min, r_max, step = radial
-            dot = (dot_ptr, channels, intervals, tables, r_min, r_max, step)
-            knots = load_knots(dot, table, g, h, there, D, BLOCK_D, IS_FILTER)
-            return f, f1, f2, combine(knots, t, VALUE), per_h * combine(knots, t, SLOPE)
+            dot = (dot_ptr, radial[1], radial[2], radial[3], radial[4], radial[5])
+            knots = cubic(dot, place, h, there, C, D, BLOCK_D, RADIAL, IS_FILTER)
+            f1_dot = per_h * combine(knots, t, SLOPE, RADIAL)
+            return f, f1, f2, combine(knots, t, VALUE, RADIAL), f1_dot

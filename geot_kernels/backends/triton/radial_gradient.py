@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import pair as pt
 from .launch import Problem
-from .radial import SLOPE, VALUE, channels_of, gaussian, hermite, locate
+from .radial import SLOPE, VALUE, channels_of, gaussian, hermite, interval_of
 
 
 # Tables.
@@ -48,21 +48,22 @@ def add_words(
     interval,
     h,
     there,
+    C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     IS_FILTER: tl.constexpr,
 ):
     """Adds four words of each pair to those of its interval."""
-    _, channels, intervals, tables, _, _, _ = radial
+    _, intervals, tables, _, _, _ = radial
     per_quantum = tl.load(quantum_ptr + 1)
     row = (table * intervals + interval).to(tl.int64)
     channel, real_d = channels_of(h, D, BLOCK_D, IS_FILTER)
     if IS_FILTER:
-        at = sums_ptr + (row * (4 * channels))[:, :, None] + channel
+        at = sums_ptr + (row * (4 * C))[:, :, None] + channel
         mask = there[:, :, None] & real_d
         for n in tl.static_range(4):
             units = tl.floor(words[n] * per_quantum + 0.5).to(tl.int64)
-            tl.atomic_add(at + n * channels, units, mask=mask, sem="relaxed")
+            tl.atomic_add(at + n * C, units, mask=mask, sem="relaxed")
     else:  # the four words of a pair in neighbouring lanes: one sector of memory
         word = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))  # [I, J, 2, 2]
         at = sums_ptr + 4 * (h * (tables * intervals).to(tl.int64) + row)[:, :, None, None]
@@ -144,6 +145,7 @@ def add(
     g_bar,
     g_dot,
     there,
+    C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     K: tl.constexpr,
@@ -154,7 +156,7 @@ def add(
     if K > 0:
         add_moments(d_radial_ptr, slot, radial, z, z_dot, h, g_bar, g_dot, K, IS_SECOND)
     else:
-        interval, t, per_h = locate(radial, z)
+        interval, t, per_h = interval_of(radial, z)
         t = pt.per_channel(t, IS_FILTER)
         words = words_of(t, g_bar, VALUE)
         if IS_SECOND:
@@ -175,6 +177,7 @@ def add(
             interval,
             h,
             there,
+            C,
             D,
             BLOCK_D,
             IS_FILTER,

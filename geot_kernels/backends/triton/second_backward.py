@@ -23,12 +23,14 @@ from torch import Tensor
 
 from ..inputs import Inputs, Tangent
 from . import pair as pt
+from . import radial as rd
 from . import radial_gradient as rg
 from .launch import RUN_TIME, Problem, precision
 from .quantum import largest_of_radial, launch_quantum
-from .radial import evaluate_twice
+from .radial import evaluate_twice, locate
 from .radial_gradient import RadialSums
 from .sweeps import GeometrySums, Sweeps
+from .tables import rows_of
 from .tiles import second_backward_tiles
 
 WHOLE, ROWS, COLUMNS = map(tl.constexpr, range(3))
@@ -301,16 +303,17 @@ def _attention_bwd_bwd_kernel(
     heads_per_group,
     num_types,
     num_tables,
-    num_channels,
     num_intervals,
     r_min,
     r_max,
     per_h,
     scale,
     num_rows,
+    C: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
+    RADIAL: tl.constexpr,
     IS_FILTER: tl.constexpr,
     IS_LINEAR: tl.constexpr,
     SWEEP: tl.constexpr,
@@ -331,11 +334,11 @@ def _attention_bwd_bwd_kernel(
     STEP: tl.constexpr = BLOCK_J if SWEEP == ROWS else BLOCK_I
     if block * OWN >= count:
         return
-    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None)
-    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None)
-    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None)
+    q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None, ALIGN)
+    k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None, ALIGN)
+    v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None, ALIGN)
     at_features, at_rows = first * (H * D), first * H
-    radial = (radial_ptr, num_channels, num_intervals, num_tables, r_min, r_max, per_h)
+    radial = (radial_ptr, num_intervals, num_tables, r_min, r_max, per_h)
     maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
     SUM: tl.constexpr = positions_ptr.dtype.element_ty
     NEEDS_GEOMETRY: tl.constexpr = column_vectors_ptr is not None or row_vectors_ptr is not None
@@ -354,6 +357,7 @@ def _attention_bwd_bwd_kernel(
     x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
     x_dot_j = load_tangent(positions_dot_ptr, first + offs_j, real_j, x_j)
     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+    place = locate(radial, z, table, C, RADIAL)
     d_dot, z_dot, m_dot, per_d = directions(
         x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr, HAS_X_DOT
     )
@@ -366,7 +370,7 @@ def _attention_bwd_bwd_kernel(
         zeros = tl.zeros([BLOCK_I], SUM)
         numbers = (zeros, zeros, zeros, zeros)
         if SWEEP == ROWS:
-            q = pt.load_rows(q_ptr + h * stride_qh, offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
+            q = pt.load_rows(pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
             d_out = pt.load_rows(d_out_ptr + at_head, offs_i, real_i, H * D, D, BLOCK_D, ALIGN)
             q, d_out = q.to(SUM), d_out.to(SUM)
             if q_dot_ptr is not None:
@@ -380,8 +384,8 @@ def _attention_bwd_bwd_kernel(
             grad_d_out = tl.zeros([BLOCK_I, BLOCK_D], SUM)
             grad_d_row = tl.zeros([BLOCK_I], SUM)
         else:
-            k = pt.load_rows(k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
-            v = pt.load_rows(v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
+            k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
+            v = pt.load_rows(pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
             k, v = k.to(SUM), v.to(SUM)
             if k_dot_ptr is not None:
                 k_dot = pt.load_rows(k_dot_ptr + at_head, offs_j, real_j, H * D, D, BLOCK_D, ALIGN)
@@ -413,16 +417,17 @@ def _attention_bwd_bwd_kernel(
                     )
                     x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                place = locate(radial, z, table, C, RADIAL)
                 d_dot, z_dot, m_dot, per_d = directions(
                     x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr,
                     HAS_X_DOT,
                 )
             if SWEEP == ROWS:
                 k = pt.load_rows(
-                    k_ptr + h * stride_kh, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
+                    pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
                 )
                 v = pt.load_rows(
-                    v_ptr + h * stride_vh, offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN
+                    pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN
                 )
                 k, v = k.to(SUM), v.to(SUM)
                 if k_dot_ptr is not None:
@@ -435,7 +440,7 @@ def _attention_bwd_bwd_kernel(
                     ).to(SUM)
             else:
                 q = pt.load_rows(
-                    q_ptr + h * stride_qh, offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
+                    pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
                 )
                 d_out = pt.load_rows(d_out_ptr + at_head, offs_i, real_i, H * D, D, BLOCK_D, ALIGN)
                 q, d_out = q.to(SUM), d_out.to(SUM)
@@ -449,7 +454,7 @@ def _attention_bwd_bwd_kernel(
                 )
             pairs = real_i[:, None] & real_j[None, :]
             f, f1, f2, f_dot, f1_dot = evaluate_twice(
-                radial, radial_dot_ptr, z, table, h, pairs, D, BLOCK_D, K, IS_FILTER
+                radial, radial_dot_ptr, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER
             )
             shift_z = pt.per_channel(z_dot, IS_FILTER)
             f_dot += f1 * shift_z
@@ -495,7 +500,7 @@ def _attention_bwd_bwd_kernel(
                 if SWEEP != COLUMNS and grad_radial_ptr is not None:
                     rg.add(
                         grad_radial_ptr, quantum_ptr, (b * num_blocks + block) * H + h, radial, z,
-                        z_dot, table, h, g_bar, g_dot, pairs, D, BLOCK_D, K, IS_FILTER, True,
+                        z_dot, table, h, g_bar, g_dot, pairs, C, D, BLOCK_D, K, IS_FILTER, True,
                     )
                 if NEEDS_GEOMETRY:
                     b_bar = g_bar * f1 + g_dot * (f2 * shift_z + f1_dot)
@@ -581,6 +586,7 @@ def launch_attention_bwd_bwd(
 ) -> list[Tensor]:
     """Computes those gradients of `(d_out, d_row, *six inputs)` that `needs` asks for."""
     problem = Problem(inputs)
+    problem.of_table()
     shape, dtype = inputs.q.shape, inputs.q.dtype
     d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
     d_row = None if d_row is None else d_row.contiguous()
@@ -605,6 +611,9 @@ def launch_attention_bwd_bwd(
             ),
             True,
         )
+    radial_dot = dots[4]
+    if radial_dot is not None and problem.form is rd.ROWS:
+        radial_dot = rows_of(radial_dot)
     numbers = None
     if not (problem.is_linear or tiles.is_whole):
         numbers = problem.empty(4, *shape[:-1])
@@ -618,7 +627,9 @@ def launch_attention_bwd_bwd(
         _attention_bwd_bwd_kernel[(problem.molecules * blocks * groups,)](
             *problem.features,
             *problem.tensors,
-            *dots,
+            *dots[:4],
+            radial_dot,
+            dots[5],
             None if problem.is_linear else out,
             None if problem.is_linear else row,
             d_out,

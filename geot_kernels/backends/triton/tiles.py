@@ -40,7 +40,7 @@ def forward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
     if keys <= 32:
         return Tiles(32, 32, 2, True)
     if keys <= 64:
-        return Tiles(32, 64, 4, True)
+        return Tiles(32, 64, 2, True)
     if keys <= 128:
         return Tiles(32, 128, 4, True)
     return Tiles(64, 64, 4, False)
@@ -74,6 +74,14 @@ def second_backward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
     if keys <= 64:
         return Tiles(64, 64, 8, True)
     return Tiles(32, 64, 8, False)
+
+
+def weights_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
+    """Tiles for molecules of at most `atoms` atoms."""
+    keys = max(power_of_two(atoms), 16)
+    if is_filter:
+        return filter_tiles(keys, block_d)
+    return Tiles(min(keys, 32), min(keys, 64), 4 if keys > 32 else 2, keys <= 64)
 
 
 def filter_tiles(keys: int, block_d: int) -> Tiles:
