@@ -25,7 +25,7 @@ from . import pair as pt
 from . import radial_gradient as rg
 from .launch import RUN_TIME, Problem
 from .quantum import launch_quantum
-from .radial import evaluate, locate
+from .radial import ROWS, evaluate, locate
 from .radial_gradient import RadialSums
 from .sweeps import GeometrySums, Sweeps
 from .tiles import backward_tiles
@@ -43,6 +43,7 @@ def coefficients(
     f,
     scale,
     pairs,
+    IS_DONE: tl.constexpr,
     IS_FILTER: tl.constexpr,
     IS_LINEAR: tl.constexpr,
     IS_WHOLE: tl.constexpr,
@@ -51,7 +52,7 @@ def coefficients(
     """`P_ij` and `E_ij`, [I, J]; `δ_i` where a tile has the whole row."""
     s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
     a = pt.inner_rows(d_out, v, IS_FILTER, PRECISION)
-    p = pt.weights(s, log_sum, pairs, IS_LINEAR)
+    p = pt.weights(s, log_sum, pairs, IS_DONE, IS_LINEAR)
     if IS_LINEAR:
         return p, tl.where(pairs, a + d_row[:, None], 0)
     else:
@@ -151,8 +152,9 @@ def _attention_bwd_kernel(
         real_i, x_i, types_i = pt.load_atoms(
             positions_ptr, types_ptr, mask_ptr, first, offs_i, last
         )
+        pairs = real_i[:, None] & real_j[None, :]
         d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-        place = locate(radial, z, table, C, RADIAL)
+        place = locate(radial, z, table, pairs, C, RADIAL)
         all_b = tl.zeros([BLOCK_I, BLOCK_J], SUM)
         for h in range(first_head, last_head):
             k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
@@ -166,9 +168,9 @@ def _attention_bwd_kernel(
                     real_i, x_i, types_i = pt.load_atoms(
                         positions_ptr, types_ptr, mask_ptr, first, offs_i, last
                     )
+                    pairs = real_i[:, None] & real_j[None, :]
                     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-                    place = locate(radial, z, table, C, RADIAL)
-                pairs = real_i[:, None] & real_j[None, :]
+                    place = locate(radial, z, table, pairs, C, RADIAL)
                 q = pt.load_rows(
                     pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
                 )
@@ -199,7 +201,7 @@ def _attention_bwd_kernel(
                     f,
                     scale,
                     pairs,
-                    IS_FILTER,
+                    RADIAL == ROWS, IS_FILTER,
                     IS_LINEAR,
                     IS_WHOLE,
                     PRECISION,
@@ -291,7 +293,7 @@ def _attention_bwd_kernel(
                 )
                 pairs = real_i[:, None] & real_j[None, :]
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-                place = locate(radial, z, table, C, RADIAL)
+                place = locate(radial, z, table, pairs, C, RADIAL)
                 k = pt.load_rows(
                     pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
                 )
@@ -313,7 +315,7 @@ def _attention_bwd_kernel(
                     f,
                     scale,
                     pairs,
-                    IS_FILTER,
+                    RADIAL == ROWS, IS_FILTER,
                     IS_LINEAR,
                     False,
                     PRECISION,

@@ -14,29 +14,27 @@ from torch import Tensor
 from ..inputs import Inputs
 from . import pair as pt
 from .launch import RUN_TIME, Problem
-from .radial import evaluate, locate
+from .radial import ROWS, evaluate, locate
 from .tiles import forward_tiles
 
 
 @triton.jit
-def online_softmax(s, real_j, best, total, IS_LINEAR: tl.constexpr):
+def online_softmax(s, best, total, IS_LINEAR: tl.constexpr):
     """One step of the online softmax: `P` of a tile, how far older sums shrink, and the sums."""
     if IS_LINEAR:
-        p = pt.masked(s, real_j, 0)
-        return p, 1, best, total + tl.sum(p, 1)
+        return s, 1, best, total + tl.sum(s, 1)
     else:
-        s = pt.masked(s * pt.LOG2E, real_j, -float("inf"))
         top = tl.maximum(best, tl.max(s, 1))
-        there = tl.where(top == -float("inf"), 0, top)  # nothing real until now
-        p = tl.exp2(s - there[:, None])
-        shrunk = tl.exp2(best - there)
+        there = tl.where(top == -float("inf"), 0, top) * pt.LOG2E  # nothing real until now
+        p = tl.exp2(s * pt.LOG2E - there[:, None])
+        shrunk = tl.exp2(best * pt.LOG2E - there)
         return p, shrunk, top, total * shrunk + tl.sum(p, 1)
 
 
 @triton.jit
-def shrunk_rows(acc, shrunk, IS_LINEAR: tl.constexpr):
+def shrunk_rows(acc, shrunk, IS_FIRST: tl.constexpr):
     """Older sums, [I, D], brought to the new maximum."""
-    if IS_LINEAR:
+    if IS_FIRST:
         return acc
     else:
         return acc * shrunk[:, None]
@@ -48,7 +46,7 @@ def row_number(best, total, IS_LINEAR: tl.constexpr):
     if IS_LINEAR:
         return total
     else:
-        return (best + tl.log2(tl.where(total > 0, total, 1))) * pt.LN2
+        return best + tl.log2(tl.where(total > 0, total, 1)) * pt.LN2
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -123,10 +121,12 @@ def _attention_fwd_kernel(
     real_j, x_j, types_j = pt.load_atoms(
         positions_ptr, types_ptr, mask_ptr, first, offs_j, last
     )
+    pairs = real_i[:, None] & real_j[None, :]
     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-    place = locate(radial, z, table, C, RADIAL)
     SUM: tl.constexpr = z.dtype
     FEATURE: tl.constexpr = SUM if IS_FILTER else q_ptr.dtype.element_ty
+    z = pt.in_layout_of_scores(z, FEATURE, IS_FILTER, PRECISION)
+    place = locate(radial, z, table, pairs, C, RADIAL)
 
     for h in range(group * heads_per_group, min(H, (group + 1) * heads_per_group)):
         q = pt.load_rows(pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
@@ -140,18 +140,19 @@ def _attention_fwd_kernel(
                 real_j, x_j, types_j = pt.load_atoms(
                     positions_ptr, types_ptr, mask_ptr, first, offs_j, last
                 )
+                pairs = real_i[:, None] & real_j[None, :]
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-                place = locate(radial, z, table, C, RADIAL)
+                place = locate(radial, z, table, pairs, C, RADIAL)
             k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
             v = pt.load_rows(pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
             k, v = k.to(FEATURE), v.to(FEATURE)
-            pairs = real_i[:, None] & real_j[None, :]
             f = evaluate(radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, False)[0]
             s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
-            p, shrunk, best, total = online_softmax(s, real_j, best, total, IS_LINEAR)
-            acc = shrunk_rows(acc, shrunk, IS_LINEAR) + pt.weigh_rows(p, v, IS_FILTER, PRECISION)
+            s = pt.without_padding(s, real_j, RADIAL == ROWS, IS_LINEAR)
+            p, shrunk, best, total = online_softmax(s, best, total, IS_LINEAR)
+            acc = shrunk_rows(acc, shrunk, IS_LINEAR or IS_WHOLE) + pt.weigh_rows(p, v, IS_FILTER, PRECISION)
         if not IS_LINEAR:
-            acc = acc / tl.where(total > 0, total, 1)[:, None]
+            acc = acc * (1 / tl.where(total > 0, total, 1))[:, None]
         row = row_number(best, total, IS_LINEAR)
         acc = tl.where(real_i[:, None], acc, 0)
         pt.store_rows(out_ptr + h * D, acc, offs_i, there, H * D, D, BLOCK_D, ALIGN)

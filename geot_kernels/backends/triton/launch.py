@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -108,9 +109,11 @@ class Problem:
         if forward_only and takes_words and self.intervals <= MAX_WORDS:
             table, fine = words_of(self.radial)
             self.constants |= {"RADIAL": WORDS.value, "K": table.shape[1] - 4}
-            self.numbers = (*self.numbers[:2], self.intervals * fine, *self.numbers[3:5], self.per_h * fine, self.numbers[6])
+            numbers = list(self.numbers)
+            numbers[2], numbers[5] = self.intervals * fine, self.per_h * fine
+            self.numbers = tuple(numbers)
         else:
-            table = rows_of(self.radial)
+            table = rows_of(self.radial, 0.0 if self.is_linear else -math.inf)
         self.tensors = (self.tensors[0], table, *self.tensors[2:])
 
     def groups(self, programs: int) -> tuple[int, int]:

@@ -177,14 +177,17 @@ def geometry(x_i, x_j, types_i, types_j, maps):
 
 
 @triton.jit
-def in_layout_of_scores(x):
-    """The same numbers where a matrix product leaves its own.
+def in_layout_of_scores(x, FEATURE: tl.constexpr, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
+    """The same numbers where a matrix product on tensor cores leaves its own.
 
     Nothing else tells Triton where to keep what is used with scores again and again: it would
     carry each lookup's result there, for every head, instead of `x` once.
     """
-    zero = tl.zeros([x.shape[0], 16], tl.bfloat16)
-    return x + tl.dot(zero, tl.trans(tl.zeros([x.shape[1], 16], tl.bfloat16)))
+    if IS_FILTER or FEATURE == tl.float64 or (FEATURE == tl.float32 and PRECISION == "ieee"):
+        return x
+    else:
+        zero = tl.zeros([x.shape[0], 16], tl.bfloat16)
+        return x + tl.dot(zero, tl.trans(tl.zeros([x.shape[1], 16], tl.bfloat16)))
 
 
 @triton.jit
@@ -321,15 +324,21 @@ def per_channel(x, IS_FILTER: tl.constexpr):
 
 
 @triton.jit
-def masked(s, real_j, value):
-    """Scores with `value` where the key is padding."""
-    return tl.where(real_j[None, :], s, value)
+def without_padding(s, real_j, IS_DONE: tl.constexpr, IS_LINEAR: tl.constexpr):
+    """Scores, 0 or -∞ where the key is padding; `IS_DONE` where the table's rows did that."""
+    if IS_DONE:
+        return s
+    elif IS_LINEAR:
+        return tl.where(real_j[None, :], s, 0)
+    else:
+        return s + tl.where(real_j, 0.0, -float("inf"))[None, :]
 
 
 @triton.jit
-def weights(s, log_sum, pairs, IS_LINEAR: tl.constexpr):
+def weights(s, log_sum, pairs, IS_DONE: tl.constexpr, IS_LINEAR: tl.constexpr):
     """`P_ij` from the scores and `L_i`; 0 where either atom is padding."""
     if IS_LINEAR:
-        return tl.where(pairs, s, 0)
+        return s if IS_DONE else tl.where(pairs, s, 0)
     else:
-        return tl.exp2(tl.where(pairs, (s - log_sum[:, None]) * LOG2E, -float("inf")))
+        p = tl.exp2((s - log_sum[:, None]) * LOG2E)
+        return p if IS_DONE else tl.where(pairs, p, 0)

@@ -3,7 +3,7 @@
 A table comes in one of three forms (`RADIAL`):
 
     KNOTS   as the user has it, `[P, G+1, 2, C]`: values and slopes, read at `y_0 s_0 y_1 s_1`
-    ROWS    of a bias: `[C, P, G+3, 4]`, the coefficients of each interval's cubic, 16 bytes that
+    ROWS    of a bias: `[C, P, G+4, 4]`, the coefficients of each interval's cubic, 16 bytes that
             one instruction reads; constant rows below and above it (see `tables`)
     WORDS   of a bias in 16 bits that nobody differentiates: `[C, W]`, value and rise of a finer
             linear table in 32 bits, which a program reads from shared memory
@@ -60,7 +60,7 @@ def split(u, last):
 
 
 @triton.jit
-def locate(radial, z, table, C: tl.constexpr, RADIAL: tl.constexpr):
+def locate(radial, z, table, pairs, C: tl.constexpr, RADIAL: tl.constexpr):
     """Where `evaluate` finds a pair: an offset, the fraction `t`, and 1/h, 0 outside."""
     _, intervals, _, r_min, _, per_h = radial
     if RADIAL == GAUSSIANS:
@@ -73,7 +73,8 @@ def locate(radial, z, table, C: tl.constexpr, RADIAL: tl.constexpr):
         u = (z - r_min) * per_h + 2.0
         u = tl.clamp(u, 0.0 * top + 1.0, top, propagate_nan=tl.PropagateNan.ALL)
         row, t = split(u, intervals + 2)
-        return 4 * (table * (intervals + 3) + row), t, per_h
+        row = tl.where(pairs, row, intervals + 3)
+        return 4 * (table * (intervals + 4) + row), t, per_h
     else:
         top = intervals.to(z.dtype)
         u = (z - r_min) * per_h
@@ -212,7 +213,7 @@ def cubic(
     if RADIAL == KNOTS:
         return load_knots(ptr, place[0], h, there, C, D, BLOCK_D, IS_FILTER)
     else:
-        return look_up(ptr + 4 * h * (tables * (intervals + 3)).to(tl.int64), place[0])
+        return look_up(ptr + 4 * h * (tables * (intervals + 4)).to(tl.int64), place[0])
 
 
 # Gaussians.
@@ -317,7 +318,8 @@ def evaluate_twice(
         f1 = per_h * combine(knots, t, SLOPE, RADIAL)
         f2 = per_h * per_h * combine(knots, t, CURVATURE, RADIAL)
         if dot_ptr is None:
-            return f, f1, f2, 0 * f, 0 * f
+            zero = tl.zeros(f.shape, f.dtype)
+            return f, f1, f2, zero, zero
         else:
             dot = (dot_ptr, radial[1], radial[2], radial[3], radial[4], radial[5])
             knots = cubic(dot, place, h, there, C, D, BLOCK_D, RADIAL, IS_FILTER)

@@ -78,13 +78,14 @@ def coefficients(
     f_dot,
     scale,
     pairs,
+    IS_DONE: tl.constexpr,
     IS_FILTER: tl.constexpr,
     IS_LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`P`, `Ṡ`, `A + shift_i` and `Ȧ`, [I, J]; 0 where either atom is padding."""
     s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
-    p = pt.weights(s, log_sum, pairs, IS_LINEAR)
+    p = pt.weights(s, log_sum, pairs, IS_DONE, IS_LINEAR)
     s_dot = f_dot
     if IS_FILTER:
         s_dot = pt.products(q, k, f_dot, scale, IS_FILTER, PRECISION)
@@ -93,10 +94,13 @@ def coefficients(
     if k_dot is not None:
         s_dot += pt.products(q, k_dot, f, scale, IS_FILTER, PRECISION)
     a = pt.inner_rows(d_out, v, IS_FILTER, PRECISION) + shift[:, None]
-    a_dot = 0 * s
+    a_dot = tl.zeros(s.shape, s.dtype)
     if v_dot is not None:
         a_dot = pt.inner_rows(d_out, v_dot, IS_FILTER, PRECISION)
-    return p, tl.where(pairs, s_dot, 0), tl.where(pairs, a, 0), tl.where(pairs, a_dot, 0)
+    if IS_LINEAR or not IS_DONE:  # else p is 0, which is all that they meet
+        s_dot, a = tl.where(pairs, s_dot, 0), tl.where(pairs, a, 0)
+        a_dot = tl.where(pairs, a_dot, 0)
+    return p, s_dot, a, a_dot
 
 
 @triton.jit
@@ -357,7 +361,7 @@ def _attention_bwd_bwd_kernel(
     x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
     x_dot_j = load_tangent(positions_dot_ptr, first + offs_j, real_j, x_j)
     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-    place = locate(radial, z, table, C, RADIAL)
+    place = locate(radial, z, table, real_i[:, None] & real_j[None, :], C, RADIAL)
     d_dot, z_dot, m_dot, per_d = directions(
         x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr, HAS_X_DOT
     )
@@ -417,7 +421,7 @@ def _attention_bwd_bwd_kernel(
                     )
                     x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-                place = locate(radial, z, table, C, RADIAL)
+                place = locate(radial, z, table, real_i[:, None] & real_j[None, :], C, RADIAL)
                 d_dot, z_dot, m_dot, per_d = directions(
                     x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr,
                     HAS_X_DOT,
@@ -460,7 +464,7 @@ def _attention_bwd_bwd_kernel(
             f_dot += f1 * shift_z
             p, s_dot, a, a_dot = coefficients(
                 q, k, v, d_out, shift, q_dot, k_dot, v_dot, log_sum, f, f_dot, scale, pairs,
-                IS_FILTER, IS_LINEAR, PRECISION,
+                RADIAL == rd.ROWS, IS_FILTER, IS_LINEAR, PRECISION,
             )
             if IS_SOFTMAX_IN_PARTS and n < tiles:
                 more = row_sums(p, s_dot, a, a_dot)
@@ -613,7 +617,7 @@ def launch_attention_bwd_bwd(
         )
     radial_dot = dots[4]
     if radial_dot is not None and problem.form is rd.ROWS:
-        radial_dot = rows_of(radial_dot)
+        radial_dot = rows_of(radial_dot, 0.0)
     numbers = None
     if not (problem.is_linear or tiles.is_whole):
         numbers = problem.empty(4, *shape[:-1])

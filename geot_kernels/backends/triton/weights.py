@@ -10,7 +10,7 @@ from ..inputs import Inputs
 from . import pair as pt
 from .forward import online_softmax
 from .launch import RUN_TIME, Problem
-from .radial import evaluate, locate
+from .radial import ROWS, evaluate, locate
 from .tiles import weights_tiles
 
 
@@ -81,19 +81,20 @@ def _attention_weights_kernel(
         real_j, x_j, types_j = pt.load_atoms(
             positions_ptr, types_ptr, mask_ptr, first, offs_j, last
         )
-        d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-        place = locate(radial, z, table, C, RADIAL)
-        k = pt.load_rows(k_ptr, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN).to(FEATURE)
         pairs = real_i[:, None] & real_j[None, :]
+        d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+        place = locate(radial, z, table, pairs, C, RADIAL)
+        k = pt.load_rows(k_ptr, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN).to(FEATURE)
         f = evaluate(radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, False)[0]
         s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
+        s = pt.without_padding(s, real_j, RADIAL == ROWS, IS_LINEAR)
         if not IS_LINEAR and n < tiles:
-            p, shrunk, best, total = online_softmax(s, real_j, best, total, IS_LINEAR)
+            p, shrunk, best, total = online_softmax(s, best, total, IS_LINEAR)
         else:
             p = s
             if not IS_LINEAR:
                 top = tl.where(total > 0, best, 0)
-                p = tl.exp2(s * pt.LOG2E - top[:, None]) / tl.where(total > 0, total, 1)[:, None]
+                p = tl.exp2((s - top[:, None]) * pt.LOG2E) / tl.where(total > 0, total, 1)[:, None]
             p = tl.where(pairs, p, 0).to(weights_ptr.dtype.element_ty)
             at = weights_ptr + (row * num_atoms)[:, None] + offs_j[None, :]
             there = (offs_i < num_atoms)[:, None] & (offs_j < num_atoms)[None, :]
