@@ -25,7 +25,7 @@ __all__ = ["attention", "attention_bwd", "attention_bwd_bwd", "attention_weights
 _LEAST_CAPABILITY = (8, 0)
 _LARGEST_HEAD_DIM = 128
 _MOST_TYPES = 256  # of an affine map: sums for each are kept in registers
-_MOST_NUMBERS = 2**31  # of a radial function: its offsets are 32 bits
+_MOST_NUMBERS = 2**31  # of a radial function or a molecule: offsets there are 32 bits
 
 
 def why_not(device: torch.device, inputs: Inputs | None = None) -> str | None:
@@ -57,6 +57,9 @@ def _why_not_inputs(inputs: Inputs, interpreted: bool) -> str | None:
         return "its kernels compute in float32, and q is float64"
     if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
         return f"its kernels take at most {_LARGEST_HEAD_DIM} channels a head, not {inputs.q.shape[-1]}"
+    atoms = inputs.q.shape[-3] if inputs.max_atoms < 0 else inputs.max_atoms
+    if atoms * inputs.q.shape[-2] * inputs.q.shape[-1] >= _MOST_NUMBERS:
+        return "its kernels take molecules of fewer than 2^31 numbers q"
     if inputs.radial.numel() >= _MOST_NUMBERS:
         return "its kernels take radial functions of fewer than 2^31 numbers"
     if inputs.affine is not None and inputs.pair_index is not None:

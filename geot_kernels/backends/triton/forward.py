@@ -14,7 +14,7 @@ from torch import Tensor
 from ..inputs import Inputs
 from . import pair as pt
 from .launch import RUN_TIME, Problem
-from .radial import ROWS, evaluate, locate
+from .radial import ROWS, coordinate, evaluate, locate
 from .tiles import forward_tiles
 
 
@@ -46,7 +46,7 @@ def row_number(best, total, IS_LINEAR: tl.constexpr):
     if IS_LINEAR:
         return total
     else:
-        return best + tl.log2(tl.where(total > 0, total, 1)) * pt.LN2
+        return best + pt.log2(tl.where(total > 0, total, 1)) * pt.LN2
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -125,8 +125,9 @@ def _attention_fwd_kernel(
     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
     SUM: tl.constexpr = z.dtype
     FEATURE: tl.constexpr = SUM if IS_FILTER else q_ptr.dtype.element_ty
-    z = pt.in_layout_of_scores(z, FEATURE, IS_FILTER, PRECISION)
-    place = locate(radial, z, table, pairs, C, RADIAL)
+    x = coordinate(radial, z, pairs, RADIAL)
+    x = pt.in_layout_of_scores(x, FEATURE, IS_FILTER, PRECISION)
+    place = locate(radial, x, table, C, RADIAL)
 
     for h in range(group * heads_per_group, min(H, (group + 1) * heads_per_group)):
         q = pt.load_rows(pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
@@ -142,7 +143,8 @@ def _attention_fwd_kernel(
                 )
                 pairs = real_i[:, None] & real_j[None, :]
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-                place = locate(radial, z, table, pairs, C, RADIAL)
+                x = coordinate(radial, z, pairs, RADIAL)
+                place = locate(radial, x, table, C, RADIAL)
             k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
             v = pt.load_rows(pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
             k, v = k.to(FEATURE), v.to(FEATURE)

@@ -21,6 +21,7 @@ RUN_TIME = (  # arguments whose values no kernel is compiled for
     *("num_rows", "num_column_blocks"),
     *("num_types", "num_tables", "num_intervals"),
 )
+_REACH = 2**31
 _PAIRS_FOR_ROWS = 1 << 18  # from here on a launch that reorders the table pays
 _MIN_PROGRAMS = 2  # for each multiprocessor, before heads share a program
 
@@ -49,7 +50,7 @@ class Problem:
             self.molecules = inputs.ptr.shape[0] - 1
             atoms = inputs.max_atoms
             self.atoms = largest_molecule(inputs.ptr) if atoms < 0 else atoms
-        self.features = tuple(_with_unit_stride(x) for x in (q, inputs.k, inputs.v))
+        self.features = tuple(self._addressable(x) for x in (q, inputs.k, inputs.v))
         strides = [_strides(x, inputs.ptr is not None) for x in self.features]
         self.strides = tuple(n for three in strides for n in three)
         radial = inputs.radial.contiguous()
@@ -97,6 +98,14 @@ class Problem:
             "PRECISION": precision(),
         }
 
+    def _addressable(self, x: Tensor) -> Tensor:
+        """Channels side by side, and offsets inside a molecule of at most 32 bits."""
+        *_, stride_n, stride_h, stride_d = x.stride()
+        reach = self.atoms * stride_n + self.heads * stride_h
+        if (stride_d == 1 or x.shape[-1] == 1) and reach < _REACH:
+            return x
+        return x.contiguous()
+
     def num_pairs(self) -> int:
         """Pairs of all heads, at most."""
         return self.molecules * self.atoms**2 * self.heads
@@ -127,6 +136,10 @@ class Problem:
         per_group = -(-self.heads // groups)
         return -(-self.heads // per_group), per_group
 
+    def adds_by_atomics(self) -> bool:
+        """Whether the radial function's gradient is summed pair by pair, of a bias' table."""
+        return self.is_table and not self.is_filter
+
     def of_gradients(self) -> dict[str, int]:
         """Compile-time arguments that only the backward passes take."""
         return {
@@ -149,10 +162,6 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132  # interpreted, or compiled for no GPU at hand
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _strides(x: Tensor, is_packed: bool) -> tuple[int, int, int]:

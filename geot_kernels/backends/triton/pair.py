@@ -16,6 +16,35 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def log2(x):
+    """The logarithm as the hardware has it, good to 2⁻²²: as good as its float32 sum with S."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def opaque(x):
+    """The same numbers, of which the compiler knows nothing: 32-bit integers or float32."""
+    if INTERPRETED:
+        return x
+    elif x.dtype == tl.int32:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+
+
 # Molecules and their rows.
 
 
@@ -66,8 +95,8 @@ def of_head(ptr, h, stride_h, ALIGN: tl.constexpr):
 def load_rows(
     ptr, offs, real, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """Rows `[I, D]` of one head; 0 for padding."""
-    at = tl.multiple_of(offs.to(tl.int64) * stride_n, ALIGN)
+    """Rows `[I, D]` of one head; 0 for padding. Offsets in a molecule fit 32 bits (`launch`)."""
+    at = tl.multiple_of(offs * stride_n, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask = real[:, None] & (offs_d < D)[None, :]
     return tl.load(ptr + at[:, None] + offs_d[None, :], mask=mask, other=0.0)
@@ -78,7 +107,7 @@ def store_rows(
     ptr, x, offs, there, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
 ):
     """Stores rows `[I, D]` of one head, rounding once."""
-    at = tl.multiple_of(offs.to(tl.int64) * stride_n, ALIGN)
+    at = tl.multiple_of(offs * stride_n, ALIGN)
     offs_d = tl.arange(0, BLOCK_D)
     mask = there[:, None] & (offs_d < D)[None, :]
     tl.store(ptr + at[:, None] + offs_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
@@ -163,15 +192,21 @@ def pairs_of(types_i, types_j, maps):
 
 
 @triton.jit
+def tables_of(types_i, types_j, maps):
+    """The number of the table, [I, J]; 0 where there is one."""
+    return tl.minimum(pairs_of(types_i, types_j, maps), maps[3] - 1)
+
+
+@triton.jit
 def geometry(x_i, x_j, types_i, types_j, maps):
     """Distance, number of the table, slope `m_p` and radial coordinate `z`, [I, J]."""
-    affine_ptr, _, _, num_tables = maps
+    affine_ptr, _, _, _ = maps
     d = distances(x_i, x_j)
-    pair = pairs_of(types_i, types_j, maps)
-    table = tl.minimum(pair, num_tables - 1)
+    table = tables_of(types_i, types_j, maps)
     if affine_ptr is None:
         return d, table, tl.full(d.shape, 1.0, d.dtype), d
     else:
+        pair = pairs_of(types_i, types_j, maps)
         m = tl.load(affine_ptr + 2 * pair)
         return d, table, m, m * d + tl.load(affine_ptr + 2 * pair + 1)
 
@@ -215,6 +250,18 @@ def no_vectors(BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """A triple of zeros."""
     zero = tl.zeros([BLOCK], DTYPE)
     return zero, zero, zero
+
+
+@triton.jit
+def replaced(x, n: tl.constexpr, new):
+    """A tuple with another member `n`."""
+    result = ()
+    for k in tl.static_range(len(x)):
+        if k == n:
+            result += (new,)
+        else:
+            result += (x[k],)
+    return result
 
 
 # The scores and their adjoints.
@@ -336,9 +383,9 @@ def without_padding(s, real_j, IS_DONE: tl.constexpr, IS_LINEAR: tl.constexpr):
 
 @triton.jit
 def weights(s, log_sum, pairs, IS_DONE: tl.constexpr, IS_LINEAR: tl.constexpr):
-    """`P_ij` from the scores and `L_i`; 0 where either atom is padding."""
+    """`P_ij` from the scores and `L_i`, spread over keys; 0 where either atom is padding."""
     if IS_LINEAR:
         return s if IS_DONE else tl.where(pairs, s, 0)
     else:
-        p = tl.exp2((s - log_sum[:, None]) * LOG2E)
+        p = tl.exp2(s * LOG2E - log_sum * LOG2E)
         return p if IS_DONE else tl.where(pairs, p, 0)

@@ -3,7 +3,7 @@
 A table comes in one of three forms (`RADIAL`):
 
     KNOTS   as the user has it, `[P, G+1, 2, C]`: values and slopes, read at `y_0 s_0 y_1 s_1`
-    ROWS    of a bias: `[C, P, G+4, 4]`, the coefficients of each interval's cubic, 16 bytes that
+    ROWS    of a bias: `[C, P, G+5, 4]`, the coefficients of each interval's cubic, 16 bytes that
             one instruction reads; constant rows below and above it (see `tables`)
     WORDS   of a bias in 16 bits that nobody differentiates: `[C, W]`, value and rise of a finer
             linear table in 32 bits, which a program reads from shared memory
@@ -15,14 +15,13 @@ A table comes in one of three forms (`RADIAL`):
 import triton
 import triton.language as tl
 
-from .pair import LOG2E, per_channel
+from .pair import INTERPRETED, LOG2E, per_channel
 
 KNOTS = tl.constexpr(0)
 ROWS = tl.constexpr(1)
 WORDS = tl.constexpr(2)
 GAUSSIANS = tl.constexpr(3)
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2²³: the last bits of x + magic are x, rounded
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 
@@ -36,51 +35,70 @@ CURVATURE = tl.constexpr(2)
 
 
 @triton.jit
-def interval_of(radial, z):
-    """The interval `g`, the fraction `t` in it, and 1/h, which is 0 outside of the table."""
-    _, intervals, _, r_min, r_max, per_h = radial
-    top = intervals.to(z.dtype)
-    u = tl.clamp((z - r_min) * per_h, 0.0 * top, top, propagate_nan=tl.PropagateNan.ALL)
-    g = tl.minimum(tl.maximum(u.to(tl.int32), 0), intervals - 1)
-    inside = (z >= r_min) & (z <= r_max)
-    return g, u - g.to(z.dtype), tl.where(inside, per_h, 0.0)
+def coordinate(radial, z, pairs, RADIAL: tl.constexpr):
+    """The number of a pair that all heads share: `z`, or which row it is in, and how far.
 
-
-@triton.jit
-def split(u, last):
-    """`u = n + t`, `0 <= t <= 1`, without conversions, which are slow: `n` at most `last`, `t`."""
-    if INTERPRETED:
-        n = tl.floor(u)
-        return tl.minimum(tl.maximum(n.to(tl.int32), 0), last), u - n
-    else:
-        shifted = u + (_MAGIC - 0.5)
-        n = shifted.to(tl.int32, bitcast=True) - _MAGIC_BITS
-        # Not a number: any row will do, and t says it.
-        return tl.minimum(tl.maximum(n, 0), last), u - (shifted - _MAGIC)
-
-
-@triton.jit
-def locate(radial, z, table, pairs, C: tl.constexpr, RADIAL: tl.constexpr):
-    """Where `evaluate` finds a pair: an offset, the fraction `t`, and 1/h, 0 outside."""
+    Rows and words are clamped to what is there; pairs with padding have a row of their own, and so
+    have distances that are not numbers.
+    """
     _, intervals, _, r_min, _, per_h = radial
-    if RADIAL == GAUSSIANS:
-        return table, z, z
-    elif RADIAL == KNOTS:
-        g, t, inside = interval_of(radial, z)
-        return (table * (intervals + 1) + g) * (2 * C), t, inside
-    elif RADIAL == ROWS:
+    if RADIAL == ROWS:
         top = intervals.to(z.dtype) + 2.5
         u = (z - r_min) * per_h + 2.0
-        u = tl.clamp(u, 0.0 * top + 1.0, top, propagate_nan=tl.PropagateNan.ALL)
-        row, t = split(u, intervals + 2)
-        row = tl.where(pairs, row, intervals + 3)
-        return 4 * (table * (intervals + 4) + row), t, per_h
-    else:
-        top = intervals.to(z.dtype)
+        u = tl.minimum(tl.maximum(u, 1.0), top)
+        return tl.where(pairs, tl.where(z == z, u, top + 2.0), top + 1.0)
+    elif RADIAL == WORDS:
+        top = intervals.to(z.dtype) - 0.001
         u = (z - r_min) * per_h
-        u = tl.clamp(u, 0.0 * top, top - 0.001, propagate_nan=tl.PropagateNan.ALL)
-        row, t = split(u, intervals - 1)
-        return row, t, per_h
+        return tl.minimum(tl.maximum(u, 0.0), top) + 0 * z
+    else:
+        return z
+
+
+@triton.jit
+def split(u):
+    """`u = n + t`, `0 <= t <= 1`, without conversions, which are slow."""
+    if INTERPRETED:
+        n = tl.floor(u)
+        return n.to(tl.int32), u - n
+    else:
+        shifted = u + (_MAGIC - 0.5)
+        return shifted.to(tl.int32, bitcast=True) - _MAGIC_BITS, u - (shifted - _MAGIC)
+
+
+@triton.jit
+def interval_of(radial, x, RADIAL: tl.constexpr):
+    """The interval `g`, the fraction `t` in it, and 1/h, which is 0 outside of the table."""
+    _, intervals, _, r_min, r_max, per_h = radial
+    if RADIAL == ROWS:
+        row, t = split(x)
+        inside = (row >= 2) & (row < intervals + 2)
+        t = tl.where(row < 2, 0.0, tl.where(row < intervals + 2, t, 1.0))
+        g = tl.minimum(tl.maximum(row - 2, 0), intervals - 1)
+        return g, t, tl.where(inside, per_h, 0.0)
+    else:
+        top = intervals.to(x.dtype)
+        u = tl.clamp((x - r_min) * per_h, 0.0 * top, top, propagate_nan=tl.PropagateNan.ALL)
+        g = tl.minimum(tl.maximum(u.to(tl.int32), 0), intervals - 1)
+        inside = (x >= r_min) & (x <= r_max)
+        return g, u - g.to(x.dtype), tl.where(inside, per_h, 0.0)
+
+
+@triton.jit
+def locate(radial, x, table, C: tl.constexpr, RADIAL: tl.constexpr):
+    """Where `evaluate` finds a pair: an offset, the fraction `t`, and 1/h, 0 outside."""
+    _, intervals, _, _, _, per_h = radial
+    if RADIAL == GAUSSIANS:
+        return table, x, x
+    elif RADIAL == KNOTS:
+        g, t, inside = interval_of(radial, x, RADIAL)
+        return (table * (intervals + 1) + g) * (2 * C), t, inside
+    elif RADIAL == ROWS:
+        row, t = split(x)
+        return 4 * (table * (intervals + 5) + row), t, per_h
+    else:
+        row, t = split(x)
+        return tl.minimum(tl.maximum(row, 0), intervals - 1), t, per_h  # where x is no number
 
 
 # What is there.
@@ -123,8 +141,15 @@ def linear(ptr, place, h, W: tl.constexpr):
         y, rise = (word >> 16).to(tl.float32), ((word & 0xFFFF) - 32768).to(tl.float32)
         return lowest + unit * (y + t * rise)
     else:  # as the last bits of 2²³ + n: conversions are slow
-        y = ((word >> 16) | 0x4B000000).to(tl.float32, bitcast=True)
-        rise = ((word & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8421376.0
+        y, rise = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0x4B00, 0x5432; prmt.b32 $1, $2, 0x4B00, 0x5410;",
+            "=f,=f,r",
+            [word],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        rise -= 8421376.0
         return (lowest - unit * 8388608.0) + unit * (y + t * rise)
 
 
@@ -213,7 +238,7 @@ def cubic(
     if RADIAL == KNOTS:
         return load_knots(ptr, place[0], h, there, C, D, BLOCK_D, IS_FILTER)
     else:
-        return look_up(ptr + 4 * h * (tables * (intervals + 4)).to(tl.int64), place[0])
+        return look_up(ptr + 4 * h * (tables * (intervals + 5)).to(tl.int64), place[0])
 
 
 # Gaussians.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import pair as pt
 from .launch import Problem
+from .pair import INTERPRETED
 from .radial import SLOPE, VALUE, channels_of, gaussian, hermite, interval_of
 
 
@@ -39,38 +40,84 @@ def words_of(t, g, ORDER: tl.constexpr):
 
 
 @triton.jit
-def add_words(
+def all_words(t, g_bar, slope, g_dot, IS_SECOND: tl.constexpr):
+    """The four words of `ḡ` on the value, and of `g̃ slope` on the derivative by `t`."""
+    words = words_of(t, g_bar, VALUE)
+    if IS_SECOND:
+        more = words_of(t, g_dot * slope, SLOPE)
+        words = (
+            words[0] + more[0],
+            words[1] + more[1],
+            words[2] + more[2],
+            words[3] + more[3],
+        )
+    return words
+
+
+@triton.jit
+def add_to_table(
     sums_ptr,
     quantum_ptr,
-    words,
     radial,
+    x,
+    z_dot,
     table,
-    interval,
     h,
+    g_bar,
+    g_dot,
     there,
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RADIAL: tl.constexpr,
     IS_FILTER: tl.constexpr,
+    IS_SECOND: tl.constexpr,
 ):
     """Adds four words of each pair to those of its interval."""
     _, intervals, tables, _, _, _ = radial
     per_quantum = tl.load(quantum_ptr + 1)
-    row = (table * intervals + interval).to(tl.int64)
-    channel, real_d = channels_of(h, D, BLOCK_D, IS_FILTER)
+    interval, t, per_h = interval_of(radial, x, RADIAL)
+    row = table * intervals + interval
     if IS_FILTER:
-        at = sums_ptr + (row * (4 * C))[:, :, None] + channel
+        channel, real_d = channels_of(h, D, BLOCK_D, IS_FILTER)
+        at = sums_ptr + (row.to(tl.int64) * (4 * C))[:, :, None] + channel
         mask = there[:, :, None] & real_d
+        words = all_words(
+            t[:, :, None], g_bar, (per_h * z_dot)[:, :, None], g_dot, IS_SECOND
+        )
         for n in tl.static_range(4):
             units = tl.floor(words[n] * per_quantum + 0.5).to(tl.int64)
             tl.atomic_add(at + n * C, units, mask=mask, sem="relaxed")
-    else:  # the four words of a pair in neighbouring lanes: one sector of memory
-        word = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))  # [I, J, 2, 2]
-        at = sums_ptr + 4 * (h * (tables * intervals).to(tl.int64) + row)[:, :, None, None]
-        at += (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])[None, None, :, :]
-        mask = tl.broadcast_to(there[:, :, None, None], word.shape)
-        units = tl.floor(word * per_quantum + 0.5).to(tl.int64)
-        tl.atomic_add(at, units, mask=mask, sem="relaxed")
+    else:
+        # The four words of a pair in neighbouring lanes, so that they are one sector of memory:
+        # opaque, for Triton would give neighbouring addresses to one lane, one after the other.
+        n = pt.opaque(tl.arange(0, 4))[None, None, :]
+        g_bar, g_dot, t = g_bar[:, :, None], g_dot[:, :, None], t[:, :, None]
+        slope = (per_h * z_dot)[:, :, None]
+        words = all_words(t, g_bar, slope, g_dot, IS_SECOND)
+        word = tl.where(n < 2, tl.where(n < 1, words[0], words[1]), tl.where(n < 3, words[2], words[3]))
+        sums_ptr += 4 * h * (tables * intervals).to(tl.int64)
+        add_units(sums_ptr, (4 * row)[:, :, None] + n, word * per_quantum, there[:, :, None])
+
+
+@triton.jit
+def add_units(ptr, at, units, there):
+    """Adds rounded numbers to 64-bit integers; in one piece, so that nothing waits in registers."""
+    if INTERPRETED:
+        there = tl.broadcast_to(there, units.shape)
+        tl.atomic_add(ptr + at, tl.floor(units + 0.5).to(tl.int64), mask=there, sem="relaxed")
+    else:
+        at = tl.where(there, at, -1)
+        tl.inline_asm_elementwise(
+            "{ .reg .b64 to, n; .reg .pred p; setp.ge.s32 p, $2, 0;"
+            "  mad.wide.s32 to, $2, 8, $1; cvt.rni.s64.f32 n, $3;"
+            "  @p red.relaxed.gpu.global.add.u64 [to], n; mov.b32 $0, 0; }",
+            "=r,l,r,f",
+            [tl.zeros(at.shape, tl.int64) + ptr.to(tl.int64), at, units],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit(do_not_specialize=("num_tables", "num_intervals", "num_channels"))
@@ -138,7 +185,7 @@ def add(
     quantum_ptr,
     slot,
     radial,
-    z,
+    x,
     z_dot,
     table,
     h,
@@ -149,38 +196,31 @@ def add(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     K: tl.constexpr,
+    RADIAL: tl.constexpr,
     IS_FILTER: tl.constexpr,
     IS_SECOND: tl.constexpr,
 ):
     """Adds what a tile's `ḡ` on `f(z)` gives, and `g̃` on `f'(z) ż + ḟ(z)` of a second backward."""
     if K > 0:
-        add_moments(d_radial_ptr, slot, radial, z, z_dot, h, g_bar, g_dot, K, IS_SECOND)
+        add_moments(d_radial_ptr, slot, radial, x, z_dot, h, g_bar, g_dot, K, IS_SECOND)
     else:
-        interval, t, per_h = interval_of(radial, z)
-        t = pt.per_channel(t, IS_FILTER)
-        words = words_of(t, g_bar, VALUE)
-        if IS_SECOND:
-            slope = pt.per_channel(per_h * z_dot, IS_FILTER)
-            more = words_of(t, g_dot * slope, SLOPE)
-            words = (
-                words[0] + more[0],
-                words[1] + more[1],
-                words[2] + more[2],
-                words[3] + more[3],
-            )
-        add_words(
+        add_to_table(
             d_radial_ptr,
             quantum_ptr,
-            words,
             radial,
+            x,
+            z_dot,
             table,
-            interval,
             h,
+            g_bar,
+            g_dot,
             there,
             C,
             D,
             BLOCK_D,
+            RADIAL,
             IS_FILTER,
+            IS_SECOND,
         )
 
 

@@ -27,7 +27,7 @@ from . import radial as rd
 from . import radial_gradient as rg
 from .launch import RUN_TIME, Problem, precision
 from .quantum import largest_of_radial, launch_quantum
-from .radial import evaluate_twice, locate
+from .radial import coordinate, evaluate_twice, locate
 from .radial_gradient import RadialSums
 from .sweeps import GeometrySums, Sweeps
 from .tables import rows_of
@@ -85,7 +85,7 @@ def coefficients(
 ):
     """`P`, `Ṡ`, `A + shift_i` and `Ȧ`, [I, J]; 0 where either atom is padding."""
     s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
-    p = pt.weights(s, log_sum, pairs, IS_DONE, IS_LINEAR)
+    p = pt.weights(s, log_sum[:, None], pairs, IS_DONE, IS_LINEAR)
     s_dot = f_dot
     if IS_FILTER:
         s_dot = pt.products(q, k, f_dot, scale, IS_FILTER, PRECISION)
@@ -345,7 +345,7 @@ def _attention_bwd_bwd_kernel(
     radial = (radial_ptr, num_intervals, num_tables, r_min, r_max, per_h)
     maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
     SUM: tl.constexpr = positions_ptr.dtype.element_ty
-    NEEDS_GEOMETRY: tl.constexpr = column_vectors_ptr is not None or row_vectors_ptr is not None
+    NEEDS_GEOMETRY: tl.constexpr = column_vectors_ptr is not None or row_affine_ptr is not None
     HAS_X_DOT: tl.constexpr = positions_dot_ptr is not None
     IS_SOFTMAX_IN_PARTS: tl.constexpr = SWEEP == ROWS and not IS_LINEAR
     first_head = group * heads_per_group
@@ -361,7 +361,8 @@ def _attention_bwd_bwd_kernel(
     x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
     x_dot_j = load_tangent(positions_dot_ptr, first + offs_j, real_j, x_j)
     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-    place = locate(radial, z, table, real_i[:, None] & real_j[None, :], C, RADIAL)
+    x = coordinate(radial, z, real_i[:, None] & real_j[None, :], RADIAL)
+    place = locate(radial, x, table, C, RADIAL)
     d_dot, z_dot, m_dot, per_d = directions(
         x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr, HAS_X_DOT
     )
@@ -421,7 +422,8 @@ def _attention_bwd_bwd_kernel(
                     )
                     x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-                place = locate(radial, z, table, real_i[:, None] & real_j[None, :], C, RADIAL)
+                x = coordinate(radial, z, real_i[:, None] & real_j[None, :], RADIAL)
+                place = locate(radial, x, table, C, RADIAL)
                 d_dot, z_dot, m_dot, per_d = directions(
                     x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr,
                     HAS_X_DOT,
@@ -503,8 +505,9 @@ def _attention_bwd_bwd_kernel(
                 g_bar, g_dot = pull_radial(e, s_bar, q, k, q_dot, k_dot, scale, IS_FILTER)
                 if SWEEP != COLUMNS and grad_radial_ptr is not None:
                     rg.add(
-                        grad_radial_ptr, quantum_ptr, (b * num_blocks + block) * H + h, radial, z,
-                        z_dot, table, h, g_bar, g_dot, pairs, C, D, BLOCK_D, K, IS_FILTER, True,
+                        grad_radial_ptr, quantum_ptr, (b * num_blocks + block) * H + h, radial, x,
+                        z_dot, table, h, g_bar, g_dot, pairs, C, D, BLOCK_D, K, RADIAL,
+                        IS_FILTER, True,
                     )
                 if NEEDS_GEOMETRY:
                     b_bar = g_bar * f1 + g_dot * (f2 * shift_z + f1_dot)

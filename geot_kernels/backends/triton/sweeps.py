@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import Problem
 from .radial_gradient import affine_gradient
-from .tiles import Tiles
+from .tiles import Tiles, scatter_tiles
 
 
 class Sweeps:
@@ -18,18 +18,27 @@ class Sweeps:
         row_blocks: Blocks of query atoms.
         groups: Groups of heads.
         programs: All programs.
+        is_row_whole: Whether a program that has rows has all their keys in a tile.
         row_programs: Programs that have whole rows, of one group of heads.
     """
 
-    def __init__(self, problem: Problem, tiles: Tiles) -> None:
+    def __init__(self, problem: Problem, tiles: Tiles, only_rows: bool = False) -> None:
         self.tiles = tiles
+        self.is_row_whole = only_rows and tiles.block_j >= problem.atoms
         self.column_blocks = 1 if tiles.is_whole else -(-problem.atoms // tiles.block_j)
         self.row_blocks = 0 if tiles.is_whole else -(-problem.atoms // tiles.block_i)
+        if only_rows:
+            self.column_blocks = 0
         self.blocks = self.column_blocks + self.row_blocks
         self.groups, self.heads_per_group = problem.groups(problem.molecules * self.blocks)
         there = problem.rows > 0 and problem.heads > 0
         self.programs = problem.molecules * self.blocks * self.groups if there else 0
         self.row_programs = problem.molecules * (1 if tiles.is_whole else self.row_blocks)
+
+    @classmethod
+    def of_rows(cls, problem: Problem) -> Sweeps:
+        """Programs that have rows, for the sums of a table alone."""
+        return cls(problem, scatter_tiles(problem.atoms), only_rows=True)
 
 
 class GeometrySums:
@@ -46,8 +55,9 @@ class GeometrySums:
     ) -> None:
         self._problem = problem
         groups, rows = sweeps.groups, problem.rows
-        row_parts = problem.heads if sweeps.tiles.is_whole else groups
-        if sweeps.tiles.is_one_tile:
+        tiles = sweeps.tiles
+        row_parts = problem.heads if tiles.is_whole and not tiles.kept else groups
+        if tiles.is_one_tile and not tiles.keeps:
             row_parts = 0
         self.parts: Tensor | None = None
         self.rows: Tensor | None = None

@@ -3,7 +3,8 @@
 **Rows.** The cubic of interval `g`, `f = c_0 + c_1 t + c_2 t² + c_3 t³`, is row `g + 2` of a
 channel. Rows 0 and 1 have the constant below the table, row `G + 2` that above it, so a coordinate
 needs no test, only a clamp: where it is exactly `r_min`, rounding to even picks row 2. Row `G + 3`
-is for pairs with padding: -∞, which takes them out of a softmax, or 0.
+is for pairs with padding: -∞, which takes them out of a softmax, or 0; row `G + 4` for distances
+that are not numbers, and says so.
 
 **Words.** A linear table of at least 2048 intervals, values in units of 1/32767 of the channel's
 range: `Y` in the upper 16 bits, `Y_next - Y + 32768` in the lower. Then the unit and what `Y = 0`
@@ -37,7 +38,7 @@ def _interval(knots_ptr, table, g, c, num_intervals, num_channels, there):
 @triton.jit(do_not_specialize=("num_tables", "num_intervals", "num_channels"))
 def _rows_kernel(
     knots_ptr,  # [P, G+1, 2, C]
-    rows_ptr,  # [C, P, G+4, 4]
+    rows_ptr,  # [C, P, G+5, 4]
     num_tables,
     num_intervals,
     num_channels,
@@ -47,7 +48,7 @@ def _rows_kernel(
     """Coefficients from knots."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c, row = offs % num_channels, offs // num_channels
-    table, row = row // (num_intervals + 4), row % (num_intervals + 4)
+    table, row = row // (num_intervals + 5), row % (num_intervals + 5)
     there = table < num_tables
     g = tl.minimum(tl.maximum(row - 2, 0), num_intervals - 1)
     y_0, s_0, y_1, s_1 = _interval(
@@ -55,9 +56,11 @@ def _rows_kernel(
     )
     rise = y_1 - y_0
     inside = (row >= 2) & (row < num_intervals + 2)
-    at = rows_ptr + ((c * num_tables + table) * (num_intervals + 4) + row) * 4
+    at = rows_ptr + ((c * num_tables + table) * (num_intervals + 5) + row) * 4
     c_0 = tl.where(row > num_intervals + 1, y_1, y_0)
-    tl.store(at, tl.where(row > num_intervals + 2, of_padding, c_0), mask=there)
+    c_0 = tl.where(row > num_intervals + 2, of_padding, c_0)
+    c_0 = tl.where(row > num_intervals + 3, float("nan"), c_0)
+    tl.store(at, c_0, mask=there)
     tl.store(at + 1, tl.where(inside, s_0, 0), mask=there)
     tl.store(at + 2, tl.where(inside, 3 * rise - 2 * s_0 - s_1, 0), mask=there)
     tl.store(at + 3, tl.where(inside, s_0 + s_1 - 2 * rise, 0), mask=there)
@@ -107,9 +110,9 @@ def _words_kernel(
 
 
 def rows_of(knots: Tensor, of_padding: float) -> Tensor:
-    """The rows `[C, P, G+4, 4]` of knots `[P, G+1, 2, C]`."""
+    """The rows `[C, P, G+5, 4]` of knots `[P, G+1, 2, C]`."""
     tables, knots_of_each, _, channels = knots.shape
-    rows = knots.new_empty(channels, tables, knots_of_each + 3, 4)
+    rows = knots.new_empty(channels, tables, knots_of_each + 4, 4)
     block = 128
     _rows_kernel[(-(-rows.numel() // (4 * block)),)](
         knots,

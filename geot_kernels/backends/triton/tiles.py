@@ -18,6 +18,12 @@ class Tiles(NamedTuple):
     block_j: int
     num_warps: int
     is_whole: bool
+    keeps: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Tiles of a molecule whose distances a program of the backward pass keeps, or 0."""
+        return -(-self.block_j // self.block_i) if self.is_whole and self.keeps else 0
 
     @property
     def is_one_tile(self) -> bool:
@@ -52,14 +58,14 @@ def backward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
     if is_filter:
         return filter_tiles(keys, block_d)
     if keys <= 16:
-        return Tiles(16, 16, 1, True)
+        return Tiles(16, 16, 1, True, True)
     if keys <= 32:
-        return Tiles(32, 32, 4, True)
+        return Tiles(32, 32, 4, True, True)
     if keys <= 64:
-        return Tiles(64, 64, 8, True)
+        return Tiles(32, 64, 4, True, True)
     if keys <= 128:
-        return Tiles(32, 128, 8, True)
-    return Tiles(64, 64, 8, False)
+        return Tiles(32, 128, 8, True, True)
+    return Tiles(64, 64, 4, False)
 
 
 def second_backward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
@@ -74,6 +80,12 @@ def second_backward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
     if keys <= 64:
         return Tiles(64, 64, 8, True)
     return Tiles(32, 64, 8, False)
+
+
+def scatter_tiles(atoms: int) -> Tiles:
+    """Tiles for what is added to a bias' table, pair by pair."""
+    keys = min(max(power_of_two(atoms), 16), 128)
+    return Tiles(16, keys, 1 if keys == 16 else 2 if keys == 32 else 4 if keys == 64 else 8, False)
 
 
 def weights_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:

@@ -10,7 +10,7 @@ from ..inputs import Inputs
 from . import pair as pt
 from .forward import online_softmax
 from .launch import RUN_TIME, Problem
-from .radial import ROWS, evaluate, locate
+from .radial import ROWS, coordinate, evaluate, locate
 from .tiles import weights_tiles
 
 
@@ -83,7 +83,7 @@ def _attention_weights_kernel(
         )
         pairs = real_i[:, None] & real_j[None, :]
         d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-        place = locate(radial, z, table, pairs, C, RADIAL)
+        place = locate(radial, coordinate(radial, z, pairs, RADIAL), table, C, RADIAL)
         k = pt.load_rows(k_ptr, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN).to(FEATURE)
         f = evaluate(radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, False)[0]
         s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
