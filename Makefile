@@ -23,10 +23,11 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 demo: kernels
 	$(VENV)/bin/geot demo
 
-# T0, without the marker gpu (pyproject.toml). The Triton kernels under TRITON_INTERPRET=1 (T1) come as a
-# second pytest process below this one: in one process a function cannot be interpreted and compiled.
+# T0, without the markers gpu and interpreted (pyproject.toml), then T1, the Triton kernels interpreted: in
+# a process of its own, for in one a function cannot be interpreted and compiled.
 test: $(KERNELS)
 	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreted
 
 test-gpu: $(KERNELS)
 	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("make test-gpu: torch %s sees no CUDA device" % torch.__version__)'

@@ -47,9 +47,7 @@ _NUM_ARGS = 16  # of `attention`, before the backend
 _NUM_INDICES = 4  # mask, ptr, atom_types, pair_index: the constants that are tensors
 
 _library = torch.library.Library("geot", "DEF")
-_library.define(
-    f"attention({_INPUTS}, {_CONSTANTS}, bool forward_only=False) -> (Tensor, Tensor)"
-)
+_library.define(f"attention({_INPUTS}, {_CONSTANTS}, bool forward_only=False) -> (Tensor, Tensor)")
 _library.define(f"attention_weights({_INPUTS.replace('Tensor v, ', '')}, {_CONSTANTS}) -> Tensor")
 _library.define(f"attention_bwd({_PULLED}, {_INPUTS}, bool[] needs, {_CONSTANTS}) -> Tensor[]")
 _library.define(

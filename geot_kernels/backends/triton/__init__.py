@@ -32,7 +32,9 @@ def why_not(device: torch.device, inputs: Inputs | None = None) -> str | None:
     """Says why the kernels cannot run on a device, or these inputs; None where they can."""
     interpreted = triton.knobs.runtime.interpret
     if device.type == "cpu" and not interpreted:
-        return "its kernels run on 'cuda', not on 'cpu' (TRITON_INTERPRET=1 interprets them, slowly)"
+        return (
+            "its kernels run on 'cuda', not on 'cpu' (TRITON_INTERPRET=1 interprets them, slowly)"
+        )
     if device.type not in ("cpu", "cuda"):
         return f"its kernels run on 'cuda', not on '{device.type}'"
     if device.type == "cuda" and (reason := _why_not_gpu(device)):
@@ -48,7 +50,9 @@ def _why_not_gpu(device: torch.device) -> str | None:
         return "PyTorch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < _LEAST_CAPABILITY:
-        return f"its kernels need compute capability 8.0 or later, and {device} has {major}.{minor}"
+        return (
+            f"its kernels need compute capability 8.0 or later, and {device} has {major}.{minor}"
+        )
     return None
 
 

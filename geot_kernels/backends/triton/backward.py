@@ -48,6 +48,8 @@ def coefficients(
     if IS_LINEAR:
         return p, tl.where(pairs, a + tl.expand_dims(shift, AXIS), 0)
     elif IS_WHOLE:
+        # Normalised again, for exp(S - L) is off by the rounding of L; 2 - x is a Newton step to 1/x.
+        p *= 2 - tl.sum(p, AXIS, keep_dims=True)
         return p, p * (a - tl.sum(p * a, AXIS, keep_dims=True))
     else:
         return p, p * (a + tl.expand_dims(shift, AXIS))
@@ -138,16 +140,30 @@ def key_tile(
     """
     pairs = real_j[:, None] & real_i[None, :]
     q, d_out, log_sum, shift = load_queries(
-        q_ptr, stride_qn, stride_qh, d_out_ptr, out_ptr, row_ptr, d_row_ptr, first, count, h,
-        offs_i, real_i, FEATURE, SUM, H, D, BLOCK_D, ALIGN,
+        q_ptr,
+        stride_qn,
+        stride_qh,
+        d_out_ptr,
+        out_ptr,
+        row_ptr,
+        d_row_ptr,
+        first,
+        count,
+        h,
+        offs_i,
+        real_i,
+        FEATURE,
+        SUM,
+        H,
+        D,
+        BLOCK_D,
+        ALIGN,
     )
     place = locate(radial, x, table, C, RADIAL)
     f, f1 = evaluate(radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, NEEDS_GEOMETRY)
     s = pt.scores(k, q, f, scale, IS_FILTER, PRECISION)
     a = pt.inner_rows(v, d_out, IS_FILTER, PRECISION)
-    p, e = coefficients(
-        s, a, log_sum, shift, pairs, 0, RADIAL == ROWS, IS_LINEAR, IS_WHOLE
-    )
+    p, e = coefficients(s, a, log_sum, shift, pairs, 0, RADIAL == ROWS, IS_LINEAR, IS_WHOLE)
     if dv_ptr is not None:
         dv += pt.weigh_rows(p, d_out, IS_FILTER, PRECISION)
     if dk_ptr is not None:
@@ -160,8 +176,24 @@ def key_tile(
     g = pt.pull_f(e, k, q, scale, IS_FILTER)
     if IS_WHOLE and d_radial_ptr is not None:
         rg.add(
-            d_radial_ptr, quantum_ptr, b * H + h, radial, x, x, table, h, g, g, pairs, C, D,
-            BLOCK_D, K, RADIAL, IS_FILTER, False,
+            d_radial_ptr,
+            quantum_ptr,
+            b * H + h,
+            radial,
+            x,
+            x,
+            table,
+            h,
+            g,
+            g,
+            pairs,
+            C,
+            D,
+            BLOCK_D,
+            K,
+            RADIAL,
+            IS_FILTER,
+            False,
         )
     if NEEDS_GEOMETRY:
         return dk, dv, pt.over_channels(g * f1, IS_FILTER)
@@ -248,7 +280,6 @@ def _attention_bwd_kernel(
     NEEDS_GEOMETRY: tl.constexpr = column_vectors_ptr is not None or row_affine_ptr is not None
     first_head = group * heads_per_group
     last_head = min(H, first_head + heads_per_group)
-    at_part = group * num_rows.to(tl.int64) + first
 
     if IS_WHOLE or block < num_column_blocks:  # these keys, all query atoms; tiles are [J, I]
         offs_j = block * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -271,11 +302,24 @@ def _attention_bwd_kernel(
         for h in range(first_head, last_head):
             # Opaque, so that what follows from them is found again and not kept in registers.
             offs_j = pt.opaque(block * BLOCK_J + tl.arange(0, BLOCK_J))
+            real_j = pt.real_atoms(mask_ptr, first, offs_j, last)
             k = pt.load_rows(
-                pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
+                pt.of_head(k_ptr, h, stride_kh, ALIGN),
+                offs_j,
+                real_j,
+                stride_kn,
+                D,
+                BLOCK_D,
+                ALIGN,
             )
             v = pt.load_rows(
-                pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN
+                pt.of_head(v_ptr, h, stride_vh, ALIGN),
+                offs_j,
+                real_j,
+                stride_vn,
+                D,
+                BLOCK_D,
+                ALIGN,
             )
             k, v = k.to(FEATURE), v.to(FEATURE)
             dk = tl.zeros([BLOCK_J, BLOCK_D], SUM)
@@ -289,10 +333,47 @@ def _attention_bwd_kernel(
                     x = pt.opaque(kept_x[n])
                     table = pt.tables_of(types_j, types_i, maps)
                     dk, dv, slope = key_tile(
-                        q_ptr, stride_qn, stride_qh, d_out_ptr, out_ptr, row_ptr, d_row_ptr, quantum_ptr, dq_ptr,
-                        dk_ptr, dv_ptr, d_radial_ptr, first, count, b, h, offs_i, real_i, real_j, k, v, dk, dv,
-                        x, table, radial, scale, C, H, D, K, RADIAL, IS_FILTER, IS_LINEAR, IS_WHOLE,
-                        NEEDS_GEOMETRY, BLOCK_D, ALIGN, PRECISION, FEATURE, SUM,
+                        q_ptr,
+                        stride_qn,
+                        stride_qh,
+                        d_out_ptr,
+                        out_ptr,
+                        row_ptr,
+                        d_row_ptr,
+                        quantum_ptr,
+                        dq_ptr,
+                        dk_ptr,
+                        dv_ptr,
+                        d_radial_ptr,
+                        first,
+                        count,
+                        b,
+                        h,
+                        offs_i,
+                        real_i,
+                        real_j,
+                        k,
+                        v,
+                        dk,
+                        dv,
+                        x,
+                        table,
+                        radial,
+                        scale,
+                        C,
+                        H,
+                        D,
+                        K,
+                        RADIAL,
+                        IS_FILTER,
+                        IS_LINEAR,
+                        IS_WHOLE,
+                        NEEDS_GEOMETRY,
+                        BLOCK_D,
+                        ALIGN,
+                        PRECISION,
+                        FEATURE,
+                        SUM,
                     )
                     if NEEDS_GEOMETRY:
                         all_b = pt.replaced(all_b, n, all_b[n] + slope)
@@ -305,10 +386,47 @@ def _attention_bwd_kernel(
                     d, table, m, z = pt.geometry(x_j, x_i, types_j, types_i, maps)
                     x = coordinate(radial, z, real_j[:, None] & real_i[None, :], RADIAL)
                     dk, dv, slope = key_tile(
-                        q_ptr, stride_qn, stride_qh, d_out_ptr, out_ptr, row_ptr, d_row_ptr, quantum_ptr, dq_ptr,
-                        dk_ptr, dv_ptr, d_radial_ptr, first, count, b, h, offs_i, real_i, real_j, k, v, dk, dv,
-                        x, table, radial, scale, C, H, D, K, RADIAL, IS_FILTER, IS_LINEAR, IS_WHOLE,
-                        NEEDS_GEOMETRY, BLOCK_D, ALIGN, PRECISION, FEATURE, SUM,
+                        q_ptr,
+                        stride_qn,
+                        stride_qh,
+                        d_out_ptr,
+                        out_ptr,
+                        row_ptr,
+                        d_row_ptr,
+                        quantum_ptr,
+                        dq_ptr,
+                        dk_ptr,
+                        dv_ptr,
+                        d_radial_ptr,
+                        first,
+                        count,
+                        b,
+                        h,
+                        offs_i,
+                        real_i,
+                        real_j,
+                        k,
+                        v,
+                        dk,
+                        dv,
+                        x,
+                        table,
+                        radial,
+                        scale,
+                        C,
+                        H,
+                        D,
+                        K,
+                        RADIAL,
+                        IS_FILTER,
+                        IS_LINEAR,
+                        IS_WHOLE,
+                        NEEDS_GEOMETRY,
+                        BLOCK_D,
+                        ALIGN,
+                        PRECISION,
+                        FEATURE,
+                        SUM,
                     )
                     if NEEDS_GEOMETRY:
                         weight = m * slope * pt.inverse(d)
@@ -320,14 +438,27 @@ def _attention_bwd_kernel(
             if dk_ptr is not None:
                 dk = tl.where(real_j[:, None], scale * dk, 0)
                 pt.store_rows(
-                    dk_ptr + at_features + h * D, dk, offs_j, offs_j < count, H * D, D, BLOCK_D,
+                    dk_ptr + at_features + h * D,
+                    dk,
+                    offs_j,
+                    offs_j < count,
+                    H * D,
+                    D,
+                    BLOCK_D,
                     ALIGN,
                 )
             if dv_ptr is not None:
                 pt.store_rows(
-                    dv_ptr + at_features + h * D, dv, offs_j, offs_j < count, H * D, D, BLOCK_D,
+                    dv_ptr + at_features + h * D,
+                    dv,
+                    offs_j,
+                    offs_j < count,
+                    H * D,
+                    D,
+                    BLOCK_D,
                     ALIGN,
                 )
+        at_part = group * num_rows.to(tl.int64) + first
         if NEEDS_GEOMETRY:
             # Loaded again: kept until here they would take the registers of the products.
             offs_j = pt.opaque(block * BLOCK_J + tl.arange(0, BLOCK_J))
@@ -351,7 +482,9 @@ def _attention_bwd_kernel(
                     dx_i = pt.pull_vectors(-weight, x_j, x_i, 0)
                     pt.store_vectors(row_vectors_ptr, dx_i, at_part + offs_i, offs_i < count)
             if row_affine_ptr is not None and TILES > 0:
-                rg.store_affine(row_affine_ptr, at_part + offs_j, offs_j < count, d_affine, BLOCK_T)
+                rg.store_affine(
+                    row_affine_ptr, at_part + offs_j, offs_j < count, d_affine, BLOCK_T
+                )
             if column_vectors_ptr is not None:
                 pt.store_vectors(column_vectors_ptr, dx_j, at_part + offs_j, offs_j < count)
     else:  # these query atoms, all keys; tiles are [I, J]
@@ -367,8 +500,24 @@ def _attention_bwd_kernel(
         d_affine = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
         for h in range(first_head, last_head):
             q, d_out, log_sum, shift = load_queries(
-                q_ptr, stride_qn, stride_qh, d_out_ptr, out_ptr, row_ptr, d_row_ptr, first, count,
-                h, offs_i, real_i, FEATURE, SUM, H, D, BLOCK_D, ALIGN,
+                q_ptr,
+                stride_qn,
+                stride_qh,
+                d_out_ptr,
+                out_ptr,
+                row_ptr,
+                d_row_ptr,
+                first,
+                count,
+                h,
+                offs_i,
+                real_i,
+                FEATURE,
+                SUM,
+                H,
+                D,
+                BLOCK_D,
+                ALIGN,
             )
             dq = tl.zeros([BLOCK_I, BLOCK_D], SUM)
             for start in range(0, last, BLOCK_J):
@@ -381,11 +530,21 @@ def _attention_bwd_kernel(
                 x = coordinate(radial, z, pairs, RADIAL)
                 place = locate(radial, x, table, C, RADIAL)
                 k = pt.load_rows(
-                    pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D,
+                    pt.of_head(k_ptr, h, stride_kh, ALIGN),
+                    offs_j,
+                    real_j,
+                    stride_kn,
+                    D,
+                    BLOCK_D,
                     ALIGN,
                 )
                 v = pt.load_rows(
-                    pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D,
+                    pt.of_head(v_ptr, h, stride_vh, ALIGN),
+                    offs_j,
+                    real_j,
+                    stride_vn,
+                    D,
+                    BLOCK_D,
                     ALIGN,
                 )
                 k, v = k.to(FEATURE), v.to(FEATURE)
@@ -402,8 +561,24 @@ def _attention_bwd_kernel(
                 g = pt.pull_f(e, q, k, scale, IS_FILTER)
                 if d_radial_ptr is not None:
                     rg.add(
-                        d_radial_ptr, quantum_ptr, row_block * H + h, radial, x, x, table, h, g, g,
-                        pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, False,
+                        d_radial_ptr,
+                        quantum_ptr,
+                        row_block * H + h,
+                        radial,
+                        x,
+                        x,
+                        table,
+                        h,
+                        g,
+                        g,
+                        pairs,
+                        C,
+                        D,
+                        BLOCK_D,
+                        K,
+                        RADIAL,
+                        IS_FILTER,
+                        False,
                     )
                 if NEEDS_GEOMETRY:
                     slope = pt.over_channels(g * f1, IS_FILTER)
@@ -415,9 +590,16 @@ def _attention_bwd_kernel(
                         )
             if dq_ptr is not None:
                 pt.store_rows(
-                    dq_ptr + at_features + h * D, scale * dq, offs_i, offs_i < count, H * D, D,
-                    BLOCK_D, ALIGN,
+                    dq_ptr + at_features + h * D,
+                    scale * dq,
+                    offs_i,
+                    offs_i < count,
+                    H * D,
+                    D,
+                    BLOCK_D,
+                    ALIGN,
                 )
+        at_part = group * num_rows.to(tl.int64) + first
         if row_vectors_ptr is not None:
             pt.store_vectors(row_vectors_ptr, dx_i, at_part + offs_i, offs_i < count)
         if row_affine_ptr is not None:
@@ -438,8 +620,9 @@ def launch_attention_bwd(
     shape, dtype = inputs.q.shape, inputs.q.dtype
     d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
     d_row = None if d_row is None else d_row.contiguous()
+    out, row = out.contiguous(), row.contiguous()
     dq, dk, dv = (problem.empty(*shape, dtype=dtype) if needed else None for needed in needs[:3])
-    tiles = backward_tiles(problem.atoms, problem.block_d, problem.is_filter)
+    tiles = backward_tiles(problem.atoms, problem.block_d, problem.is_filter, inputs.q.itemsize)
     if needs[5] and not tiles.kept:
         tiles = tiles._replace(is_whole=False)
     sweeps = Sweeps(problem, tiles)
@@ -450,9 +633,7 @@ def launch_attention_bwd(
         sums = RadialSums(problem, sweeps.row_programs, quantum, False)
     results = (dq, dk, dv, geometry.rows, geometry.columns, geometry.affine)
     d_radial = sums and sums.sums
-    launch = functools.partial(
-        _launch, problem, out, row, d_out, d_row, sums and sums.quantum
-    )
+    launch = functools.partial(_launch, problem, out, row, d_out, d_row, sums and sums.quantum)
     if d_radial is None or not problem.adds_by_atomics():
         launch(sweeps, (*results, d_radial))
     else:  # a launch of its own, whose tiles are small: what atomic additions need is many registers

@@ -118,9 +118,7 @@ def _attention_fwd_kernel(
     x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
     types_i = pt.load_types(types_ptr, first + offs_i, real_i)
     offs_j = tl.arange(0, BLOCK_J)
-    real_j, x_j, types_j = pt.load_atoms(
-        positions_ptr, types_ptr, mask_ptr, first, offs_j, last
-    )
+    real_j, x_j, types_j = pt.load_atoms(positions_ptr, types_ptr, mask_ptr, first, offs_j, last)
     pairs = real_i[:, None] & real_j[None, :]
     d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
     SUM: tl.constexpr = z.dtype
@@ -130,7 +128,9 @@ def _attention_fwd_kernel(
     place = locate(radial, x, table, C, RADIAL)
 
     for h in range(group * heads_per_group, min(H, (group + 1) * heads_per_group)):
-        q = pt.load_rows(pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
+        q = pt.load_rows(
+            pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
+        )
         q = q.to(FEATURE)
         best = tl.full([BLOCK_I], -float("inf"), SUM)
         total = tl.zeros([BLOCK_I], SUM)
@@ -145,14 +145,32 @@ def _attention_fwd_kernel(
                 d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
                 x = coordinate(radial, z, pairs, RADIAL)
                 place = locate(radial, x, table, C, RADIAL)
-            k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
-            v = pt.load_rows(pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
+            k = pt.load_rows(
+                pt.of_head(k_ptr, h, stride_kh, ALIGN),
+                offs_j,
+                real_j,
+                stride_kn,
+                D,
+                BLOCK_D,
+                ALIGN,
+            )
+            v = pt.load_rows(
+                pt.of_head(v_ptr, h, stride_vh, ALIGN),
+                offs_j,
+                real_j,
+                stride_vn,
+                D,
+                BLOCK_D,
+                ALIGN,
+            )
             k, v = k.to(FEATURE), v.to(FEATURE)
             f = evaluate(radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, False)[0]
             s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
             s = pt.without_padding(s, real_j, RADIAL == ROWS, IS_LINEAR)
             p, shrunk, best, total = online_softmax(s, best, total, IS_LINEAR)
-            acc = shrunk_rows(acc, shrunk, IS_LINEAR or IS_WHOLE) + pt.weigh_rows(p, v, IS_FILTER, PRECISION)
+            acc = shrunk_rows(acc, shrunk, IS_LINEAR or IS_WHOLE) + pt.weigh_rows(
+                p, v, IS_FILTER, PRECISION
+            )
         if not IS_LINEAR:
             acc = acc * (1 / tl.where(total > 0, total, 1))[:, None]
         row = row_number(best, total, IS_LINEAR)
@@ -161,9 +179,7 @@ def _attention_fwd_kernel(
         tl.store(row_ptr + offs_i.to(tl.int64) * H + h, tl.where(real_i, row, 0), mask=there)
 
 
-def launch_attention_fwd(
-    inputs: Inputs, forward_only: bool = False
-) -> tuple[Tensor, Tensor]:
+def launch_attention_fwd(inputs: Inputs, forward_only: bool = False) -> tuple[Tensor, Tensor]:
     """Computes `out`, like `q`, and `row`, `q`'s shape without `D` in the compute dtype.
 
     With `forward_only`, what 16-bit features make of a table may be good to 16 bits, and no better.
@@ -174,7 +190,7 @@ def launch_attention_fwd(
     out, row = problem.empty(*shape, dtype=inputs.q.dtype), problem.empty(*shape[:-1])
     if not out.numel():
         return out, row
-    tiles = forward_tiles(problem.atoms, problem.block_d, problem.is_filter)
+    tiles = forward_tiles(problem.atoms, problem.block_d, problem.is_filter, inputs.q.itemsize)
     blocks = -(-problem.atoms // tiles.block_i)
     groups, per_group = problem.groups(problem.molecules * blocks)
     _attention_fwd_kernel[(problem.molecules * blocks * groups,)](

@@ -212,7 +212,9 @@ def geometry(x_i, x_j, types_i, types_j, maps):
 
 
 @triton.jit
-def in_layout_of_scores(x, FEATURE: tl.constexpr, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr):
+def in_layout_of_scores(
+    x, FEATURE: tl.constexpr, IS_FILTER: tl.constexpr, PRECISION: tl.constexpr
+):
     """The same numbers where a matrix product on tensor cores leaves its own.
 
     Nothing else tells Triton where to keep what is used with scores again and again: it would

@@ -84,9 +84,15 @@ def _norms_kernel(
     rows = first + offs
     q, k, v, d_out, d_row, q_dot, k_dot, v_dot = 0, 0, 0, 0, 0, 0, 0, 0
     for h in range(H):
-        q = tl.maximum(q, _norm(pt.of_head(q_ptr, h, stride_qh, 1), offs, real, stride_qn, D, BLOCK_D))
-        k = tl.maximum(k, _norm(pt.of_head(k_ptr, h, stride_kh, 1), offs, real, stride_kn, D, BLOCK_D))
-        v = tl.maximum(v, _norm(pt.of_head(v_ptr, h, stride_vh, 1), offs, real, stride_vn, D, BLOCK_D))
+        q = tl.maximum(
+            q, _norm(pt.of_head(q_ptr, h, stride_qh, 1), offs, real, stride_qn, D, BLOCK_D)
+        )
+        k = tl.maximum(
+            k, _norm(pt.of_head(k_ptr, h, stride_kh, 1), offs, real, stride_kn, D, BLOCK_D)
+        )
+        v = tl.maximum(
+            v, _norm(pt.of_head(v_ptr, h, stride_vh, 1), offs, real, stride_vn, D, BLOCK_D)
+        )
         at = h * D
         d_out = tl.maximum(d_out, _norm(d_out_ptr + at, rows, real, H * D, D, BLOCK_D))
         if d_row_ptr is not None:
@@ -150,7 +156,9 @@ def _quantum_kernel(
         s_bar = a_dot * n if IS_LINEAR else 8 * s_dot * a + 2 * a_dot  # of a row: Σ_j |S̄_ij|
         g_bar = e * qk_dot + s_bar * qk if IS_FILTER else s_bar
         total = g_bar + 1.5 * per_h * total * z_dot
-    bound = total * rows.to(tl.float32)
+    # What is not a number anywhere is not a number here, also where the bound needs no norm of it.
+    others = _largest(largest_ptr, Q) + _largest(largest_ptr, K) + _largest(largest_ptr, X)
+    bound = total * rows.to(tl.float32) + 0 * others
     exponent = tl.ceil(tl.log2(tl.where(bound > 0, bound, 1.0)))
     exponent = tl.where(bound < float("inf"), tl.clamp(exponent, -60.0, 127.0), float("nan"))
     tl.store(quantum_ptr, tl.exp2(exponent - 62.0))

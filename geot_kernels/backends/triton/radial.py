@@ -41,12 +41,15 @@ def coordinate(radial, z, pairs, RADIAL: tl.constexpr):
     Rows and words are clamped to what is there; pairs with padding have a row of their own, and so
     have distances that are not numbers.
     """
-    _, intervals, _, r_min, _, per_h = radial
+    _, intervals, _, r_min, r_max, per_h = radial
     if RADIAL == ROWS:
-        top = intervals.to(z.dtype) + 2.5
+        end = intervals.to(z.dtype) + 2.0
         u = (z - r_min) * per_h + 2.0
-        u = tl.minimum(tl.maximum(u, 1.0), top)
-        return tl.where(pairs, tl.where(z == z, u, top + 2.0), top + 1.0)
+        u = tl.minimum(
+            tl.maximum(u, 1.0), end * (1 - 2**-22)
+        )  # r_max belongs to the last interval
+        u = tl.where(z > r_max, end + 0.5, u)
+        return tl.where(pairs, tl.where(z == z, u, end + 2.5), end + 1.5)
     elif RADIAL == WORDS:
         top = intervals.to(z.dtype) - 0.001
         u = (z - r_min) * per_h

@@ -82,9 +82,7 @@ def add_to_table(
         channel, real_d = channels_of(h, D, BLOCK_D, IS_FILTER)
         at = sums_ptr + (row.to(tl.int64) * (4 * C))[:, :, None] + channel
         mask = there[:, :, None] & real_d
-        words = all_words(
-            t[:, :, None], g_bar, (per_h * z_dot)[:, :, None], g_dot, IS_SECOND
-        )
+        words = all_words(t[:, :, None], g_bar, (per_h * z_dot)[:, :, None], g_dot, IS_SECOND)
         for n in tl.static_range(4):
             units = tl.floor(words[n] * per_quantum + 0.5).to(tl.int64)
             tl.atomic_add(at + n * C, units, mask=mask, sem="relaxed")
@@ -95,7 +93,9 @@ def add_to_table(
         g_bar, g_dot, t = g_bar[:, :, None], g_dot[:, :, None], t[:, :, None]
         slope = (per_h * z_dot)[:, :, None]
         words = all_words(t, g_bar, slope, g_dot, IS_SECOND)
-        word = tl.where(n < 2, tl.where(n < 1, words[0], words[1]), tl.where(n < 3, words[2], words[3]))
+        word = tl.where(
+            n < 2, tl.where(n < 1, words[0], words[1]), tl.where(n < 3, words[2], words[3])
+        )
         sums_ptr += 4 * h * (tables * intervals).to(tl.int64)
         add_units(sums_ptr, (4 * row)[:, :, None] + n, word * per_quantum, there[:, :, None])
 

@@ -14,6 +14,7 @@ for key atoms. `P` is normalised again: `exp(S - L)` is off by the rounding of `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -321,7 +322,7 @@ def _attention_bwd_bwd_kernel(
     IS_FILTER: tl.constexpr,
     IS_LINEAR: tl.constexpr,
     SWEEP: tl.constexpr,
-    IS_ONE_TILE: tl.constexpr,
+    IS_ROW_WHOLE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -346,27 +347,20 @@ def _attention_bwd_bwd_kernel(
     maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
     SUM: tl.constexpr = positions_ptr.dtype.element_ty
     NEEDS_GEOMETRY: tl.constexpr = column_vectors_ptr is not None or row_affine_ptr is not None
+    NEEDS_ROWS: tl.constexpr = not (
+        grad_q_ptr is None and grad_d_out_ptr is None and grad_d_row_ptr is None
+    )
     HAS_X_DOT: tl.constexpr = positions_dot_ptr is not None
-    IS_SOFTMAX_IN_PARTS: tl.constexpr = SWEEP == ROWS and not IS_LINEAR
+    IS_SOFTMAX_IN_PARTS: tl.constexpr = SWEEP == ROWS and not IS_LINEAR and not IS_ROW_WHOLE
     first_head = group * heads_per_group
     last_head = min(H, first_head + heads_per_group)
     own = block * OWN + tl.arange(0, OWN)
     own_there = own < count
 
-    # Both sides' atoms; in the loops below one of them moves on.
-    offs_i = own if SWEEP == ROWS else tl.arange(0, BLOCK_I)
-    offs_j = tl.arange(0, BLOCK_J) if SWEEP == ROWS else own
-    real_i, x_i, types_i = pt.load_atoms(positions_ptr, types_ptr, mask_ptr, first, offs_i, last)
-    real_j, x_j, types_j = pt.load_atoms(positions_ptr, types_ptr, mask_ptr, first, offs_j, last)
-    x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
-    x_dot_j = load_tangent(positions_dot_ptr, first + offs_j, real_j, x_j)
-    d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-    x = coordinate(radial, z, real_i[:, None] & real_j[None, :], RADIAL)
-    place = locate(radial, x, table, C, RADIAL)
-    d_dot, z_dot, m_dot, per_d = directions(
-        x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr, HAS_X_DOT
+    own_real, own_x, own_types = pt.load_atoms(
+        positions_ptr, types_ptr, mask_ptr, first, own, last
     )
-    all_b, all_e = tl.zeros([BLOCK_I, BLOCK_J], SUM), tl.zeros([BLOCK_I, BLOCK_J], SUM)
+    own_x_dot = load_tangent(positions_dot_ptr, first + own, own_real, own_x)
     dx = pt.no_vectors(OWN, SUM)
     d_affine = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
     q_dot, k_dot, v_dot = None, None, None
@@ -375,28 +369,44 @@ def _attention_bwd_bwd_kernel(
         zeros = tl.zeros([BLOCK_I], SUM)
         numbers = (zeros, zeros, zeros, zeros)
         if SWEEP == ROWS:
-            q = pt.load_rows(pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN)
-            d_out = pt.load_rows(d_out_ptr + at_head, offs_i, real_i, H * D, D, BLOCK_D, ALIGN)
+            q = pt.load_rows(
+                pt.of_head(q_ptr, h, stride_qh, ALIGN), own, own_real, stride_qn, D, BLOCK_D, ALIGN
+            )
+            d_out = pt.load_rows(d_out_ptr + at_head, own, own_real, H * D, D, BLOCK_D, ALIGN)
             q, d_out = q.to(SUM), d_out.to(SUM)
             if q_dot_ptr is not None:
-                q_dot = pt.load_rows(q_dot_ptr + at_head, offs_i, real_i, H * D, D, BLOCK_D, ALIGN)
+                q_dot = pt.load_rows(q_dot_ptr + at_head, own, own_real, H * D, D, BLOCK_D, ALIGN)
                 q_dot = q_dot.to(SUM)
             log_sum, shift = row_inputs(
-                row_ptr, d_row_ptr, out_ptr, at_number, at_head, offs_i, real_i, d_out, H, D, BLOCK_D,
+                row_ptr,
+                d_row_ptr,
+                out_ptr,
+                at_number,
+                at_head,
+                own,
+                own_real,
+                d_out,
+                H,
+                D,
+                BLOCK_D,
                 ALIGN,
             )
             grad_q = tl.zeros([BLOCK_I, BLOCK_D], SUM)
             grad_d_out = tl.zeros([BLOCK_I, BLOCK_D], SUM)
             grad_d_row = tl.zeros([BLOCK_I], SUM)
         else:
-            k = pt.load_rows(pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN)
-            v = pt.load_rows(pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN)
+            k = pt.load_rows(
+                pt.of_head(k_ptr, h, stride_kh, ALIGN), own, own_real, stride_kn, D, BLOCK_D, ALIGN
+            )
+            v = pt.load_rows(
+                pt.of_head(v_ptr, h, stride_vh, ALIGN), own, own_real, stride_vn, D, BLOCK_D, ALIGN
+            )
             k, v = k.to(SUM), v.to(SUM)
             if k_dot_ptr is not None:
-                k_dot = pt.load_rows(k_dot_ptr + at_head, offs_j, real_j, H * D, D, BLOCK_D, ALIGN)
+                k_dot = pt.load_rows(k_dot_ptr + at_head, own, own_real, H * D, D, BLOCK_D, ALIGN)
                 k_dot = k_dot.to(SUM)
             if v_dot_ptr is not None:
-                v_dot = pt.load_rows(v_dot_ptr + at_head, offs_j, real_j, H * D, D, BLOCK_D, ALIGN)
+                v_dot = pt.load_rows(v_dot_ptr + at_head, own, own_real, H * D, D, BLOCK_D, ALIGN)
                 v_dot = v_dot.to(SUM)
             grad_k = tl.zeros([BLOCK_J, BLOCK_D], SUM)
             grad_v = tl.zeros([BLOCK_J, BLOCK_D], SUM)
@@ -404,36 +414,41 @@ def _attention_bwd_bwd_kernel(
         # In parts, rows go through all keys twice: for their sums, then for the gradients.
         reach = count if SWEEP == WHOLE else last
         tiles = (reach + STEP - 1) // STEP
-        if IS_ONE_TILE:
-            tiles = 1
         for n in range(0, 2 * tiles if IS_SOFTMAX_IN_PARTS else tiles):
-            if not IS_ONE_TILE:
-                start = (n % tiles) * STEP
-                if SWEEP == ROWS:
-                    offs_j = start + tl.arange(0, BLOCK_J)
-                    real_j, x_j, types_j = pt.load_atoms(
-                        positions_ptr, types_ptr, mask_ptr, first, offs_j, last
-                    )
-                    x_dot_j = load_tangent(positions_dot_ptr, first + offs_j, real_j, x_j)
-                else:
-                    offs_i = start + tl.arange(0, BLOCK_I)
-                    real_i, x_i, types_i = pt.load_atoms(
-                        positions_ptr, types_ptr, mask_ptr, first, offs_i, last
-                    )
-                    x_dot_i = load_tangent(positions_dot_ptr, first + offs_i, real_i, x_i)
-                d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
-                x = coordinate(radial, z, real_i[:, None] & real_j[None, :], RADIAL)
-                place = locate(radial, x, table, C, RADIAL)
-                d_dot, z_dot, m_dot, per_d = directions(
-                    x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr,
-                    HAS_X_DOT,
-                )
+            other = (n % tiles) * STEP + tl.arange(0, STEP)
+            real, x, types = pt.load_atoms(positions_ptr, types_ptr, mask_ptr, first, other, last)
+            x_dot = load_tangent(positions_dot_ptr, first + other, real, x)
+            if SWEEP == ROWS:
+                offs_i, real_i, x_i, types_i, x_dot_i = own, own_real, own_x, own_types, own_x_dot
+                offs_j, real_j, x_j, types_j, x_dot_j = other, real, x, types, x_dot
+            else:
+                offs_i, real_i, x_i, types_i, x_dot_i = other, real, x, types, x_dot
+                offs_j, real_j, x_j, types_j, x_dot_j = own, own_real, own_x, own_types, own_x_dot
+            pairs = real_i[:, None] & real_j[None, :]
+            d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+            place_x = coordinate(radial, z, pairs, RADIAL)
+            place = locate(radial, place_x, table, C, RADIAL)
+            d_dot, z_dot, m_dot, per_d = directions(
+                x_i, x_j, x_dot_i, x_dot_j, d, m, types_i, types_j, maps, affine_dot_ptr, HAS_X_DOT
+            )
             if SWEEP == ROWS:
                 k = pt.load_rows(
-                    pt.of_head(k_ptr, h, stride_kh, ALIGN), offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN
+                    pt.of_head(k_ptr, h, stride_kh, ALIGN),
+                    offs_j,
+                    real_j,
+                    stride_kn,
+                    D,
+                    BLOCK_D,
+                    ALIGN,
                 )
                 v = pt.load_rows(
-                    pt.of_head(v_ptr, h, stride_vh, ALIGN), offs_j, real_j, stride_vn, D, BLOCK_D, ALIGN
+                    pt.of_head(v_ptr, h, stride_vh, ALIGN),
+                    offs_j,
+                    real_j,
+                    stride_vn,
+                    D,
+                    BLOCK_D,
+                    ALIGN,
                 )
                 k, v = k.to(SUM), v.to(SUM)
                 if k_dot_ptr is not None:
@@ -446,7 +461,13 @@ def _attention_bwd_bwd_kernel(
                     ).to(SUM)
             else:
                 q = pt.load_rows(
-                    pt.of_head(q_ptr, h, stride_qh, ALIGN), offs_i, real_i, stride_qn, D, BLOCK_D, ALIGN
+                    pt.of_head(q_ptr, h, stride_qh, ALIGN),
+                    offs_i,
+                    real_i,
+                    stride_qn,
+                    D,
+                    BLOCK_D,
+                    ALIGN,
                 )
                 d_out = pt.load_rows(d_out_ptr + at_head, offs_i, real_i, H * D, D, BLOCK_D, ALIGN)
                 q, d_out = q.to(SUM), d_out.to(SUM)
@@ -455,27 +476,51 @@ def _attention_bwd_bwd_kernel(
                         q_dot_ptr + at_head, offs_i, real_i, H * D, D, BLOCK_D, ALIGN
                     ).to(SUM)
                 log_sum, shift = row_inputs(
-                    row_ptr, d_row_ptr, out_ptr, at_number, at_head, offs_i, real_i, d_out, H, D,
-                    BLOCK_D, ALIGN,
+                    row_ptr,
+                    d_row_ptr,
+                    out_ptr,
+                    at_number,
+                    at_head,
+                    offs_i,
+                    real_i,
+                    d_out,
+                    H,
+                    D,
+                    BLOCK_D,
+                    ALIGN,
                 )
-            pairs = real_i[:, None] & real_j[None, :]
             f, f1, f2, f_dot, f1_dot = evaluate_twice(
                 radial, radial_dot_ptr, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER
             )
             shift_z = pt.per_channel(z_dot, IS_FILTER)
             f_dot += f1 * shift_z
             p, s_dot, a, a_dot = coefficients(
-                q, k, v, d_out, shift, q_dot, k_dot, v_dot, log_sum, f, f_dot, scale, pairs,
-                RADIAL == rd.ROWS, IS_FILTER, IS_LINEAR, PRECISION,
+                q,
+                k,
+                v,
+                d_out,
+                shift,
+                q_dot,
+                k_dot,
+                v_dot,
+                log_sum,
+                f,
+                f_dot,
+                scale,
+                pairs,
+                RADIAL == rd.ROWS,
+                IS_FILTER,
+                IS_LINEAR,
+                PRECISION,
             )
             if IS_SOFTMAX_IN_PARTS and n < tiles:
                 more = row_sums(p, s_dot, a, a_dot)
                 sums = (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2], sums[3] + more[3])
             else:
                 if not IS_LINEAR:
-                    if SWEEP == ROWS:
+                    if IS_SOFTMAX_IN_PARTS:
                         numbers = row_numbers(sums)
-                    elif SWEEP == WHOLE:
+                    elif SWEEP != COLUMNS:
                         numbers = row_numbers(row_sums(p, s_dot, a, a_dot))
                     else:
                         numbers = load_row_numbers(
@@ -483,11 +528,13 @@ def _attention_bwd_bwd_kernel(
                         )
                 p, p_dot, e, s_bar = pull_normalizer(p, s_dot, a, a_dot, numbers, IS_LINEAR)
                 if SWEEP != ROWS:
-                    grad_v += pt.weigh_columns(p_dot, d_out, IS_FILTER, PRECISION)
-                    grad_k += pull_scores(
-                        e, s_bar, q, q_dot, f, f_dot, 1, IS_FILTER, PRECISION
-                    )
-                if SWEEP != COLUMNS:
+                    if grad_v_ptr is not None:
+                        grad_v += pt.weigh_columns(p_dot, d_out, IS_FILTER, PRECISION)
+                    if grad_k_ptr is not None:
+                        grad_k += pull_scores(
+                            e, s_bar, q, q_dot, f, f_dot, 1, IS_FILTER, PRECISION
+                        )
+                if SWEEP != COLUMNS and NEEDS_ROWS:
                     more_q = pull_scores(e, s_bar, k, k_dot, f, f_dot, 0, IS_FILTER, PRECISION)
                     more_d_out = pt.weigh_rows(p_dot, v, IS_FILTER, PRECISION)
                     if v_dot_ptr is not None:
@@ -498,58 +545,95 @@ def _attention_bwd_bwd_kernel(
                         grad_d_row += tl.sum(p_dot, 1)
                     else:
                         store_row_gradients(
-                            grad_q_ptr, grad_d_out_ptr, grad_d_row_ptr, scale * more_q, more_d_out,
-                            tl.sum(p_dot, 1), at_head, at_number, offs_i, offs_i < count, H, D,
-                            BLOCK_D, ALIGN,
+                            grad_q_ptr,
+                            grad_d_out_ptr,
+                            grad_d_row_ptr,
+                            scale * more_q,
+                            more_d_out,
+                            tl.sum(p_dot, 1),
+                            at_head,
+                            at_number,
+                            offs_i,
+                            offs_i < count,
+                            H,
+                            D,
+                            BLOCK_D,
+                            ALIGN,
                         )
                 g_bar, g_dot = pull_radial(e, s_bar, q, k, q_dot, k_dot, scale, IS_FILTER)
                 if SWEEP != COLUMNS and grad_radial_ptr is not None:
                     rg.add(
-                        grad_radial_ptr, quantum_ptr, (b * num_blocks + block) * H + h, radial, x,
-                        z_dot, table, h, g_bar, g_dot, pairs, C, D, BLOCK_D, K, RADIAL,
-                        IS_FILTER, True,
+                        grad_radial_ptr,
+                        quantum_ptr,
+                        (b * num_blocks + block) * H + h,
+                        radial,
+                        place_x,
+                        z_dot,
+                        table,
+                        h,
+                        g_bar,
+                        g_dot,
+                        pairs,
+                        C,
+                        D,
+                        BLOCK_D,
+                        K,
+                        RADIAL,
+                        IS_FILTER,
+                        True,
                     )
                 if NEEDS_GEOMETRY:
                     b_bar = g_bar * f1 + g_dot * (f2 * shift_z + f1_dot)
-                    all_b += pt.over_channels(b_bar, IS_FILTER)
-                    all_e += pt.over_channels(g_dot * f1, IS_FILTER)
-                    if not IS_ONE_TILE:
-                        along, across = pull_distance(all_b, all_e, d_dot, m, m_dot, per_d)
-                        if row_affine_ptr is not None:
-                            d_affine = rg.add_affine(
-                                d_affine, all_b * d + all_e * d_dot, all_b, types_j, BLOCK_T,
-                                IS_FILTER,
+                    b_bar = pt.over_channels(b_bar, IS_FILTER)
+                    e_tilde = pt.over_channels(g_dot * f1, IS_FILTER)
+                    along, across = pull_distance(b_bar, e_tilde, d_dot, m, m_dot, per_d)
+                    if row_affine_ptr is not None:
+                        d_affine = rg.add_affine(
+                            d_affine,
+                            b_bar * d + e_tilde * d_dot,
+                            b_bar,
+                            types_j,
+                            BLOCK_T,
+                            IS_FILTER,
+                        )
+                    if SWEEP == ROWS:
+                        dx = pt.add_vectors(dx, pt.pull_vectors(along, x_i, x_j, 1))
+                        if HAS_X_DOT:
+                            dx = pt.add_vectors(dx, pt.pull_vectors(across, x_dot_i, x_dot_j, 1))
+                    else:
+                        dx = pt.subtract_vectors(dx, pt.pull_vectors(along, x_i, x_j, 0))
+                        if HAS_X_DOT:
+                            dx = pt.subtract_vectors(
+                                dx, pt.pull_vectors(across, x_dot_i, x_dot_j, 0)
                             )
-                        all_b = tl.zeros([BLOCK_I, BLOCK_J], SUM)
-                        all_e = tl.zeros([BLOCK_I, BLOCK_J], SUM)
-                        if SWEEP == ROWS:
-                            dx = pt.add_vectors(dx, pt.pull_vectors(along, x_i, x_j, 1))
-                            if HAS_X_DOT:
-                                dx = pt.add_vectors(
-                                    dx, pt.pull_vectors(across, x_dot_i, x_dot_j, 1)
-                                )
-                        else:
-                            dx = pt.subtract_vectors(dx, pt.pull_vectors(along, x_i, x_j, 0))
-                            if HAS_X_DOT:
-                                dx = pt.subtract_vectors(
-                                    dx, pt.pull_vectors(across, x_dot_i, x_dot_j, 0)
-                                )
-                        if SWEEP == WHOLE and row_vectors_ptr is not None:
-                            dx_i = pt.pull_vectors(along, x_i, x_j, 1)
-                            if HAS_X_DOT:
-                                dx_i = pt.add_vectors(
-                                    dx_i, pt.pull_vectors(across, x_dot_i, x_dot_j, 1)
-                                )
-                            at = h * num_rows.to(tl.int64) + first + offs_i
-                            pt.store_vectors(row_vectors_ptr, dx_i, at, offs_i < count)
+                    if SWEEP == WHOLE and row_vectors_ptr is not None:
+                        dx_i = pt.pull_vectors(along, x_i, x_j, 1)
+                        if HAS_X_DOT:
+                            dx_i = pt.add_vectors(
+                                dx_i, pt.pull_vectors(across, x_dot_i, x_dot_j, 1)
+                            )
+                        at = h * num_rows.to(tl.int64) + first + offs_i
+                        pt.store_vectors(row_vectors_ptr, dx_i, at, offs_i < count)
         if SWEEP == ROWS:
-            if IS_SOFTMAX_IN_PARTS:
+            if IS_SOFTMAX_IN_PARTS and numbers_ptr is not None:
                 store_row_numbers(
-                    numbers_ptr, row_numbers(sums), at_number, offs_i, own_there, num_rows, H
+                    numbers_ptr, row_numbers(sums), at_number, own, own_there, num_rows, H
                 )
             store_row_gradients(
-                grad_q_ptr, grad_d_out_ptr, grad_d_row_ptr, scale * grad_q, grad_d_out, grad_d_row,
-                at_head, at_number, offs_i, own_there, H, D, BLOCK_D, ALIGN,
+                grad_q_ptr,
+                grad_d_out_ptr,
+                grad_d_row_ptr,
+                scale * grad_q,
+                grad_d_out,
+                grad_d_row,
+                at_head,
+                at_number,
+                own,
+                own_there,
+                H,
+                D,
+                BLOCK_D,
+                ALIGN,
             )
         else:
             if grad_k_ptr is not None:
@@ -561,17 +645,6 @@ def _attention_bwd_bwd_kernel(
                     grad_v_ptr + at_head, grad_v, own, own_there, H * D, D, BLOCK_D, ALIGN
                 )
     at_part = group * num_rows.to(tl.int64) + first + own
-    if IS_ONE_TILE and NEEDS_GEOMETRY:
-        if row_affine_ptr is not None:
-            d_affine = rg.add_affine(
-                d_affine, all_b * d + all_e * d_dot, all_b, types_j, BLOCK_T, IS_FILTER
-            )
-        along, across = pull_distance(all_b, all_e, d_dot, m, m_dot, per_d)
-        along += tl.trans(along)
-        dx = pt.pull_vectors(along, x_i, x_j, 1)
-        if HAS_X_DOT:
-            across += tl.trans(across)
-            dx = pt.add_vectors(dx, pt.pull_vectors(across, x_dot_i, x_dot_j, 1))
     if row_affine_ptr is not None and SWEEP != COLUMNS:
         rg.store_affine(row_affine_ptr, at_part, own_there, d_affine, BLOCK_T)
     if SWEEP == ROWS:
@@ -597,6 +670,7 @@ def launch_attention_bwd_bwd(
     shape, dtype = inputs.q.shape, inputs.q.dtype
     d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
     d_row = None if d_row is None else d_row.contiguous()
+    out, row = out.contiguous(), row.contiguous()
     dots = tuple(None if x is None else x.contiguous() for x in tangent)
     features = (needs[0], *needs[2:5])
     grad_d_out, grad_q, grad_k, grad_v = (
@@ -604,7 +678,7 @@ def launch_attention_bwd_bwd(
     )
     grad_d_row = problem.empty(*shape[:-1]) if needs[1] else None
     tiles = second_backward_tiles(problem.atoms, problem.block_d, problem.is_filter)
-    if needs[7] and not tiles.is_one_tile:
+    if needs[7]:
         tiles = tiles._replace(is_whole=False)
     sweeps = Sweeps(problem, tiles)
     geometry = GeometrySums(problem, sweeps, needs[5], needs[7])
@@ -624,50 +698,21 @@ def launch_attention_bwd_bwd(
     numbers = None
     if not (problem.is_linear or tiles.is_whole):
         numbers = problem.empty(4, *shape[:-1])
-    launches = (
-        [(WHOLE, sweeps.column_blocks)]
-        if tiles.is_whole
-        else [(ROWS, sweeps.row_blocks), (COLUMNS, sweeps.column_blocks)]
+    results = (
+        *(grad_d_out, grad_d_row, grad_q, grad_k, grad_v),
+        *(geometry.rows, geometry.columns, geometry.affine),
     )
-    for sweep, blocks in launches if sweeps.programs else ():
-        groups, heads_per_group = sweeps.groups, sweeps.heads_per_group
-        _attention_bwd_bwd_kernel[(problem.molecules * blocks * groups,)](
-            *problem.features,
-            *problem.tensors,
-            *dots[:4],
-            radial_dot,
-            dots[5],
-            None if problem.is_linear else out,
-            None if problem.is_linear else row,
-            d_out,
-            d_row,
-            sums and sums.quantum,
-            numbers,
-            grad_d_out,
-            grad_d_row,
-            grad_q,
-            grad_k,
-            grad_v,
-            geometry.rows,
-            geometry.columns,
-            geometry.affine,
-            sums and sums.sums,
-            *problem.strides,
-            problem.atoms,
-            blocks,
-            groups,
-            heads_per_group,
-            *problem.numbers,
-            problem.rows,
-            **problem.constants | {"PRECISION": second_precision(dtype)},
-            **problem.of_gradients(),
-            SWEEP=sweep.value,
-            IS_ONE_TILE=tiles.is_one_tile,
-            BLOCK_I=tiles.block_i,
-            BLOCK_J=tiles.block_j,
-            num_warps=tiles.num_warps,
-            num_stages=1,
-        )
+    d_radial = sums and sums.sums
+    launch = functools.partial(
+        *(_launch, problem, (*dots[:4], radial_dot, dots[5]), out, row, d_out, d_row),
+        *(sums and sums.quantum, numbers),
+    )
+    if d_radial is None or not problem.adds_by_atomics():
+        launch(sweeps, (*results, d_radial))
+    else:
+        if any(x is not None for x in results):
+            launch(sweeps, (*results, None))
+        launch(Sweeps.of_rows(problem), (None,) * len(results) + (d_radial,))
     gradients = (
         grad_d_out,
         grad_d_row,
@@ -679,6 +724,56 @@ def launch_attention_bwd_bwd(
         geometry.affine_gradient() if needs[7] else None,
     )
     return [x for x in gradients if x is not None]
+
+
+def _launch(
+    problem: Problem,
+    dots: tuple[Tensor | None, ...],
+    out: Tensor,
+    row: Tensor,
+    d_out: Tensor,
+    d_row: Tensor | None,
+    quantum: Tensor | None,
+    numbers: Tensor | None,
+    sweeps: Sweeps,
+    results: tuple[Tensor | None, ...],
+) -> None:
+    """Launches the kernel, once or twice, for the results that are not None."""
+    tiles = sweeps.tiles
+    launches = [(ROWS, sweeps.row_blocks), (COLUMNS, sweeps.column_blocks)]
+    if tiles.is_whole:
+        launches = [(WHOLE, sweeps.column_blocks)]
+    for sweep, blocks in launches:
+        programs = problem.molecules * blocks * sweeps.groups
+        if not programs or not sweeps.programs:
+            continue
+        _attention_bwd_bwd_kernel[(programs,)](
+            *problem.features,
+            *problem.tensors,
+            *dots,
+            None if problem.is_linear else out,
+            None if problem.is_linear else row,
+            d_out,
+            d_row,
+            quantum,
+            numbers,
+            *results,
+            *problem.strides,
+            problem.atoms,
+            blocks,
+            sweeps.groups,
+            sweeps.heads_per_group,
+            *problem.numbers,
+            problem.rows,
+            **problem.constants | {"PRECISION": second_precision(problem.inputs.q.dtype)},
+            **problem.of_gradients(),
+            SWEEP=sweep.value,
+            IS_ROW_WHOLE=sweeps.is_row_whole,
+            BLOCK_I=tiles.block_i,
+            BLOCK_J=tiles.block_j,
+            num_warps=tiles.num_warps,
+            num_stages=1,
+        )
 
 
 def second_precision(dtype: torch.dtype) -> str:

@@ -38,7 +38,7 @@ class Sweeps:
     @classmethod
     def of_rows(cls, problem: Problem) -> Sweeps:
         """Programs that have rows, for the sums of a table alone."""
-        return cls(problem, scatter_tiles(problem.atoms), only_rows=True)
+        return cls(problem, scatter_tiles(problem.atoms, problem.block_d), only_rows=True)
 
 
 class GeometrySums:
@@ -46,7 +46,7 @@ class GeometrySums:
 
     Attributes:
         rows: To query atoms, `[parts, rows, 3]`.
-        columns: To key atoms, `[groups, rows, 3]`; those of query atoms too in a single tile.
+        columns: To key atoms, `[groups, rows, 3]`.
         affine: `[groups, rows, 2, T]`.
     """
 
@@ -57,8 +57,6 @@ class GeometrySums:
         groups, rows = sweeps.groups, problem.rows
         tiles = sweeps.tiles
         row_parts = problem.heads if tiles.is_whole and not tiles.kept else groups
-        if tiles.is_one_tile and not tiles.keeps:
-            row_parts = 0
         self.parts: Tensor | None = None
         self.rows: Tensor | None = None
         self.columns: Tensor | None = None

@@ -51,9 +51,7 @@ def _rows_kernel(
     table, row = row // (num_intervals + 5), row % (num_intervals + 5)
     there = table < num_tables
     g = tl.minimum(tl.maximum(row - 2, 0), num_intervals - 1)
-    y_0, s_0, y_1, s_1 = _interval(
-        knots_ptr, table, g, c, num_intervals, num_channels, there
-    )
+    y_0, s_0, y_1, s_1 = _interval(knots_ptr, table, g, c, num_intervals, num_channels, there)
     rise = y_1 - y_0
     inside = (row >= 2) & (row < num_intervals + 2)
     at = rows_ptr + ((c * num_tables + table) * (num_intervals + 5) + row) * 4
