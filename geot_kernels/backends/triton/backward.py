@@ -289,6 +289,7 @@ def _attention_bwd_kernel(
             positions_ptr, types_ptr, mask_ptr, first, offs_j, last
         )
         dx_j = pt.no_vectors(BLOCK_J, SUM)
+        d_affine = rg.no_affine(BLOCK_J, BLOCK_T, SUM)
         kept_x, all_b = (), ()
         for n in tl.static_range(TILES):  # what the heads share, where it can be kept
             offs_i = n * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -430,6 +431,10 @@ def _attention_bwd_kernel(
                     )
                     if NEEDS_GEOMETRY:
                         weight = m * slope * pt.inverse(d)
+                        if IS_WHOLE and row_affine_ptr is not None:
+                            d_affine = rg.add_affine(
+                                d_affine, slope * d, slope, types_i, BLOCK_T, IS_FILTER
+                            )
                         dx_j = pt.add_vectors(dx_j, pt.pull_vectors(weight, x_j, x_i, 1))
                         if IS_WHOLE and row_vectors_ptr is not None:
                             at_i = h * num_rows.to(tl.int64) + first + offs_i
@@ -465,7 +470,6 @@ def _attention_bwd_kernel(
             real_j, x_j, types_j = pt.load_atoms(
                 positions_ptr, types_ptr, mask_ptr, first, offs_j, last
             )
-            d_affine = rg.no_affine(BLOCK_J, BLOCK_T, SUM)
             for n in tl.static_range(TILES):
                 offs_i = n * BLOCK_I + tl.arange(0, BLOCK_I)
                 real_i, x_i, types_i = pt.load_atoms(
@@ -481,7 +485,7 @@ def _attention_bwd_kernel(
                 if row_vectors_ptr is not None:
                     dx_i = pt.pull_vectors(-weight, x_j, x_i, 0)
                     pt.store_vectors(row_vectors_ptr, dx_i, at_part + offs_i, offs_i < count)
-            if row_affine_ptr is not None and TILES > 0:
+            if IS_WHOLE and row_affine_ptr is not None:
                 rg.store_affine(
                     row_affine_ptr, at_part + offs_j, offs_j < count, d_affine, BLOCK_T
                 )
@@ -623,8 +627,6 @@ def launch_attention_bwd(
     out, row = out.contiguous(), row.contiguous()
     dq, dk, dv = (problem.empty(*shape, dtype=dtype) if needed else None for needed in needs[:3])
     tiles = backward_tiles(problem.atoms, problem.block_d, problem.is_filter, inputs.q.itemsize)
-    if needs[5] and not tiles.kept:
-        tiles = tiles._replace(is_whole=False)
     sweeps = Sweeps(problem, tiles)
     geometry = GeometrySums(problem, sweeps, needs[3], needs[5])
     sums = None
@@ -639,7 +641,7 @@ def launch_attention_bwd(
     else:  # a launch of its own, whose tiles are small: what atomic additions need is many registers
         if any(x is not None for x in results):
             launch(sweeps, (*results, None))
-        launch(Sweeps.of_rows(problem), (None,) * len(results) + (d_radial,))
+        launch(Sweeps.of_rows(problem, False), (None,) * len(results) + (d_radial,))
     gradients = (
         dq,
         dk,

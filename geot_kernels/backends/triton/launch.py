@@ -18,7 +18,7 @@ from .tiles import power_of_two
 RUN_TIME = (  # arguments whose values no kernel is compiled for
     *(f"stride_{x}{dim}" for x in "qkv" for dim in "bnh"),
     *("num_atoms", "num_blocks", "num_groups", "heads_per_group"),
-    *("num_rows", "num_column_blocks"),
+    *("num_rows", "num_column_blocks", "num_heads"),
     *("num_types", "num_tables", "num_intervals"),
 )
 _REACH = 2**31

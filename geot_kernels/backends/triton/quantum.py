@@ -64,6 +64,7 @@ def _norms_kernel(
     stride_vh,
     num_atoms,
     num_blocks,
+    num_heads,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -83,7 +84,7 @@ def _norms_kernel(
     v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, is_packed, 1)
     rows = first + offs
     q, k, v, d_out, d_row, q_dot, k_dot, v_dot = 0, 0, 0, 0, 0, 0, 0, 0
-    for h in range(H):
+    for h in range(num_heads):  # not a constant: unrolled, the loop would take all registers
         q = tl.maximum(
             q, _norm(pt.of_head(q_ptr, h, stride_qh, 1), offs, real, stride_qn, D, BLOCK_D)
         )
@@ -184,7 +185,7 @@ def launch_quantum(
     largest = torch.zeros(NUM_NORMS, dtype=torch.int32, device=problem.device)
     quantum = torch.empty(2, dtype=torch.float32, device=problem.device)
     positions, _, _, mask, ptr, _, _ = problem.tensors
-    block = 64
+    block = 32
     blocks = -(-problem.atoms // block)
     _norms_kernel[(problem.molecules * blocks,)](
         *problem.features,
@@ -198,6 +199,7 @@ def launch_quantum(
         *problem.strides,
         problem.atoms,
         blocks,
+        problem.heads,
         H=problem.heads,
         D=problem.head_dim,
         BLOCK_D=problem.block_d,

@@ -712,7 +712,7 @@ def launch_attention_bwd_bwd(
     else:
         if any(x is not None for x in results):
             launch(sweeps, (*results, None))
-        launch(Sweeps.of_rows(problem), (None,) * len(results) + (d_radial,))
+        launch(Sweeps.of_rows(problem, True), (None,) * len(results) + (d_radial,))
     gradients = (
         grad_d_out,
         grad_d_row,

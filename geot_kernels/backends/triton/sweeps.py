@@ -36,9 +36,11 @@ class Sweeps:
         self.row_programs = problem.molecules * (1 if tiles.is_whole else self.row_blocks)
 
     @classmethod
-    def of_rows(cls, problem: Problem) -> Sweeps:
+    def of_rows(cls, problem: Problem, is_second: bool) -> Sweeps:
         """Programs that have rows, for the sums of a table alone."""
-        return cls(problem, scatter_tiles(problem.atoms, problem.block_d), only_rows=True)
+        return cls(
+            problem, scatter_tiles(problem.atoms, problem.block_d, is_second), only_rows=True
+        )
 
 
 class GeometrySums:

@@ -62,7 +62,7 @@ _BACKWARD_16 = {
 _BACKWARD_32 = {
     16: ((16, 16, 1), (16, 16, 2), (16, 16, 4)),
     32: ((16, 32, 4), (16, 32, 4), (16, 32, 8)),
-    64: ((16, 64, 4), (16, 64, 8), (16, 64, 8)),
+    64: ((16, 64, 8), (16, 64, 8), (16, 64, 8)),
     128: ((16, 128, 8), (16, 16, 4), (16, 16, 2)),
     MANY: ((32, 32, 4), (16, 16, 4), (16, 16, 2)),
 }
@@ -77,8 +77,15 @@ _SECOND_BACKWARD = {
     16: ((16, 16, 2), (16, 16, 4), (16, 16, 4)),
     32: ((16, 32, 4), (16, 32, 8), (16, 32, 8)),
     64: ((16, 64, 8), (16, 64, 8), (16, 16, 4)),
-    128: ((16, 32, 4), (16, 16, 4), (16, 16, 4)),
+    128: ((16, 16, 4), (16, 16, 4), (16, 16, 4)),
     MANY: ((32, 32, 4), (16, 16, 4), (16, 16, 4)),
+}
+_SECOND_SCATTER = {
+    16: ((16, 16, 4), (16, 16, 4), (16, 16, 4)),
+    32: ((16, 32, 8), (16, 32, 8), (16, 32, 8)),
+    64: ((16, 32, 8), (16, 32, 8), (16, 32, 8)),
+    128: ((16, 16, 4), (16, 16, 4), (16, 16, 4)),
+    MANY: ((16, 16, 4), (16, 16, 4), (16, 16, 4)),
 }
 
 
@@ -116,9 +123,10 @@ def second_backward_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
     return _chosen(_SECOND_BACKWARD, atoms, block_d)
 
 
-def scatter_tiles(atoms: int, block_d: int) -> Tiles:
+def scatter_tiles(atoms: int, block_d: int, is_second: bool) -> Tiles:
     """Tiles for what is added to a bias' table, pair by pair: `I` rows a program, never whole."""
-    return _chosen(_SCATTER, atoms, block_d)._replace(is_whole=False)
+    table = _SECOND_SCATTER if is_second else _SCATTER
+    return _chosen(table, atoms, block_d)._replace(is_whole=False)
 
 
 def weights_tiles(atoms: int, block_d: int, is_filter: bool) -> Tiles:
