@@ -21,6 +21,7 @@ import torch
 from bench import plain_triton
 from bench.offline import Launch, Resources, offline_gpu, resources, sass
 from bench.sass import FP32_OPERANDS, KINDS, PIPES, Cost, Loop, Mark, cost, flat, loops, parse
+from bench.triton_costs import bias_cases
 
 TILE = 64 * 64  # pairs
 BINDING = tuple(pipe for pipe in PIPES if pipe not in {"shared", "l1"})  # both are in "memory"
@@ -246,7 +247,23 @@ PLAIN = [
     for dim in (16, 32)
     for kind in ("forward", "backward")
 ]
-GEOMETRY: list[Case] = []  # the kernels that this project is about come here
+
+
+def _geometry() -> list[Case]:
+    """The kernels that this project is about, each beside its plain counterpart."""
+    cases = []
+    for numbers, sizes in (("bf16", (16, 32, 64, 128, 512)), ("fp32", (64,))):
+        for atoms in sizes:
+            for name, launch, pairs, kernel, plain, marks in bias_cases(atoms, numbers):
+                other = plain_name(plain, numbers, 32) if plain else ""
+                if numbers == "fp32":
+                    marks = (*marks, Mark("", FP32_OPERANDS, "LDS"))
+                kernels = (f"_attention_{kernel}_kernel",)
+                cases.append(Case(name, launch, pairs, kernels, other, marks=marks))
+    return cases
+
+
+GEOMETRY = _geometry()
 
 
 def report(cases: Sequence[Case], capability: int = 90) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import passes as orders
 import pytest
 import torch
 from cases import VARIANTS, make_case, relative_error
@@ -54,10 +55,100 @@ def test_results_repeat_bit_for_bit_with_deterministic_algorithms(variant):
         assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
 
 
+# The Triton kernels.
+
+FUSED = [v for v in VARIANTS if v[3] != "full"]
+SIZES = [(7, 0, 16), (31, 5), (64, 33), (128, 9), (300, 150)]  # every kind of tile
+
+
+def draws(variant, dtype, sizes, count=4, **more):
+    """Random cases on the device, features in `dtype`, the rest in float32."""
+    for seed in range(count):
+        case = make_case(*variant, sizes=sizes, heads=3, seed=seed, **({"channels": 16} | more))
+        case.tensors = {
+            n: x.detach().to(dtype if n in "qkv" else torch.float32)
+            for n, x in case.tensors.items()
+        }
+        yield moved(case, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", FUSED, ids=" ".join)
+def test_triton_stays_within_twice_the_error_of_the_reference(variant, dtype):
+    cases = list(draws(variant, dtype, (17, 0, 9)))
+    assert not orders.over_budget(orders.typical_errors(cases, "triton"))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("policy", [("bias", "softmax"), ("filter", "linear")], ids=" ".join)
+def test_triton_stays_within_the_budget_with_every_tile(policy, sizes):
+    cases = list(draws((*policy, "table", "masked"), torch.float32, sizes, 2))
+    assert not orders.over_budget(orders.typical_errors(cases, "triton"))
+
+
+@pytest.mark.parametrize("channels", [2, 8, 12, 24, 32, 48, 64, 80, 128])
+def test_triton_stays_within_the_budget_for_any_head_dimension(channels):
+    for score in ("bias", "filter"):
+        variant = (score, "softmax", "table", "packed")
+        cases = list(draws(variant, torch.float32, (12, 20), 2, channels=channels))
+        assert not orders.over_budget(orders.typical_errors(cases, "triton"))
+
+
+@pytest.mark.parametrize("variant", [v for v in FUSED if v[3] == "masked"], ids=" ".join)
+def test_triton_gives_the_weights_of_the_reference(variant):
+    (case,) = draws(variant, torch.float32, (17, 0, 9), 1)
+    with torch.no_grad():
+        got, expected = (case.weights(backend=b) for b in ("triton", "reference"))
+    assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", [v for v in FUSED if v[3] == "masked"], ids=" ".join)
+def test_triton_repeats_bit_for_bit(variant):
+    (case,) = draws(variant, torch.float32, (64, 33), 1)
+    runs = [orders.passes(case, "triton") for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(x, runs[0][n]) for n, x in other.items())
+
+
+def test_triton_forward_passes_can_be_captured_in_a_graph():
+    (case,) = draws(("bias", "softmax", "table", "masked"), torch.bfloat16, (40, 64), 1)
+    with torch.no_grad():
+        expected = case.attention(backend="triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = case.attention(backend="triton")
+        out.fill_(torch.nan)
+        graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_triton_compiles_into_one_graph():
+    (case,) = draws(("bias", "softmax", "table", "masked"), torch.float32, (20, 9), 1)
+    expected = case.attention(backend="triton")
+    got = torch.compile(lambda: case.attention(backend="triton"), fullgraph=True)()
+    assert relative_error(got, expected) <= 1e-6
+
+
+def test_triton_needs_memory_that_grows_as_the_atoms_do():
+    peaks = []
+    for atoms in (2048, 4096):
+        q = torch.randn(1, atoms, 8, 32, device=DEVICE, requires_grad=True)
+        positions = 10 * torch.randn(1, atoms, 3, device=DEVICE)
+        positions.requires_grad_()
+        table = gk.RadialTable(torch.randn(1, 256, 2, 8, device=DEVICE), 0.0, 12.0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = gk.geo_attention(q, q, q, positions, table, backend="triton")
+        torch.autograd.grad(out.square().sum(), (q, positions))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 2.2 * peaks[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_module_trains_under_autocast(dtype):
+def test_the_module_trains_under_autocast(dtype, backend):
     torch.manual_seed(0)
-    layer = gk.FusedGeoAttention(64, 4, backend="eager", device=DEVICE)
+    layer = gk.FusedGeoAttention(64, 4, backend=backend, device=DEVICE)
     x, positions = torch.randn(3, 9, 64, device=DEVICE), torch.randn(3, 9, 3, device=DEVICE)
     exact, _ = layer(x, positions)
     with torch.autocast(DEVICE, dtype=dtype):

@@ -147,6 +147,7 @@ def test_garbage_of_a_real_atom_shows_in_its_molecule_and_nowhere_else(variant, 
 @pytest.mark.parametrize("form", ["rows", "words"])
 def test_nan_in_a_position_shows_whatever_the_form_of_the_table(form, monkeypatch):
     monkeypatch.setattr(module("launch"), "_PAIRS_FOR_ROWS", 0)
+    monkeypatch.setattr(module("launch"), "_ATOMS_FOR_WORDS", 0)
     case = make_case("bias", "softmax", layout="full", sizes=(5, 4), dtype=torch.float16)
     case.tensors = {
         n: x.detach() if n in "qkv" else x.detach().float() for n, x in case.tensors.items()

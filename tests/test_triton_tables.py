@@ -24,12 +24,13 @@ def form(monkeypatch):
         made.clear()
         pairs = {"rows": 0, "knots": 1 << 60}[name]
         monkeypatch.setattr(module("launch"), "_PAIRS_FOR_ROWS", pairs)
+        monkeypatch.setattr(module("launch"), "_ATOMS_FOR_WORDS", 0)
         return made
 
     launch, second = module("launch"), module("second_backward")
     for place, name in ((launch, "rows_of"), (launch, "words_of"), (second, "rows_of")):
         make = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda x, m=make, n=name: (made.append(n), m(x))[1])
+        monkeypatch.setattr(place, name, lambda *a, m=make, n=name: (made.append(n), m(*a))[1])
     return choose
 
 

@@ -60,7 +60,8 @@ def _why_not_inputs(inputs: Inputs, interpreted: bool) -> str | None:
     if inputs.q.dtype == torch.float64 and not interpreted:
         return "its kernels compute in float32, and q is float64"
     if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
-        return f"its kernels take at most {_LARGEST_HEAD_DIM} channels a head, not {inputs.q.shape[-1]}"
+        most, got = _LARGEST_HEAD_DIM, inputs.q.shape[-1]
+        return f"its kernels take at most {most} channels a head, not {got}"
     atoms = inputs.q.shape[-3] if inputs.max_atoms < 0 else inputs.max_atoms
     if atoms * inputs.q.shape[-2] * inputs.q.shape[-1] >= _MOST_NUMBERS:
         return "its kernels take molecules of fewer than 2^31 numbers q"

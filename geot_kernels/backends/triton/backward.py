@@ -43,12 +43,12 @@ def coefficients(
     IS_LINEAR: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """`P` and `E` from the scores and `dO·v`, keys along `AXIS`; `shift` is `dr_i` or `-δ_i`."""
+    """`P` and `E` from scores and `dO·v`, keys along `AXIS`; `shift` is `dr_i` or `-δ_i`."""
     p = pt.weights(s, tl.expand_dims(log_sum, AXIS), pairs, IS_DONE, IS_LINEAR)
     if IS_LINEAR:
         return p, tl.where(pairs, a + tl.expand_dims(shift, AXIS), 0)
     elif IS_WHOLE:
-        # Normalised again, for exp(S - L) is off by the rounding of L; 2 - x is a Newton step to 1/x.
+        # Normalised again: exp(S - L) is off by the rounding of L. 2 - x is a Newton step to 1/x.
         p *= 2 - tl.sum(p, AXIS, keep_dims=True)
         return p, p * (a - tl.sum(p * a, AXIS, keep_dims=True))
     else:
@@ -557,9 +557,9 @@ def _attention_bwd_kernel(
                 )
                 s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
                 a = pt.inner_rows(d_out, v, IS_FILTER, PRECISION)
-                p, e = coefficients(
+                e = coefficients(
                     s, a, log_sum, shift, pairs, 1, RADIAL == ROWS, IS_LINEAR, IS_ROW_WHOLE
-                )
+                )[1]
                 if dq_ptr is not None:
                     dq += pt.pull_q(e, k, f, IS_FILTER, PRECISION)
                 g = pt.pull_f(e, q, k, scale, IS_FILTER)
@@ -638,7 +638,7 @@ def launch_attention_bwd(
     launch = functools.partial(_launch, problem, out, row, d_out, d_row, sums and sums.quantum)
     if d_radial is None or not problem.adds_by_atomics():
         launch(sweeps, (*results, d_radial))
-    else:  # a launch of its own, whose tiles are small: what atomic additions need is many registers
+    else:  # a launch of its own, whose tiles are small: atomic additions need many registers
         if any(x is not None for x in results):
             launch(sweeps, (*results, None))
         launch(Sweeps.of_rows(problem, False), (None,) * len(results) + (d_radial,))

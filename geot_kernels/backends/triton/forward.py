@@ -120,7 +120,8 @@ def _attention_fwd_kernel(
     offs_j = tl.arange(0, BLOCK_J)
     real_j, x_j, types_j = pt.load_atoms(positions_ptr, types_ptr, mask_ptr, first, offs_j, last)
     pairs = real_i[:, None] & real_j[None, :]
-    d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+    geometry = pt.geometry(x_i, x_j, types_i, types_j, maps)
+    table, z = geometry[1], geometry[3]
     SUM: tl.constexpr = z.dtype
     FEATURE: tl.constexpr = SUM if IS_FILTER else q_ptr.dtype.element_ty
     x = coordinate(radial, z, pairs, RADIAL)
@@ -142,7 +143,8 @@ def _attention_fwd_kernel(
                     positions_ptr, types_ptr, mask_ptr, first, offs_j, last
                 )
                 pairs = real_i[:, None] & real_j[None, :]
-                d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                geometry = pt.geometry(x_i, x_j, types_i, types_j, maps)
+                table, z = geometry[1], geometry[3]
                 x = coordinate(radial, z, pairs, RADIAL)
                 place = locate(radial, x, table, C, RADIAL)
             k = pt.load_rows(
@@ -182,7 +184,7 @@ def _attention_fwd_kernel(
 def launch_attention_fwd(inputs: Inputs, forward_only: bool = False) -> tuple[Tensor, Tensor]:
     """Computes `out`, like `q`, and `row`, `q`'s shape without `D` in the compute dtype.
 
-    With `forward_only`, what 16-bit features make of a table may be good to 16 bits, and no better.
+    With `forward_only`, what 16-bit features make of a table may be good to 16 bits.
     """
     problem = Problem(inputs)
     problem.of_table(forward_only)

@@ -23,6 +23,7 @@ RUN_TIME = (  # arguments whose values no kernel is compiled for
 )
 _REACH = 2**31
 _PAIRS_FOR_ROWS = 1 << 18  # from here on a launch that reorders the table pays
+_ATOMS_FOR_WORDS = 33  # fewer pairs do not pay for a table in shared memory
 _MIN_PROGRAMS = 2  # for each multiprocessor, before heads share a program
 
 
@@ -115,7 +116,8 @@ class Problem:
         if self.form is not ROWS:
             return
         takes_words = self.inputs.q.dtype.itemsize == 2 and self.tables == 1
-        if forward_only and takes_words and self.intervals <= MAX_WORDS:
+        takes_words &= self.atoms >= _ATOMS_FOR_WORDS and self.intervals <= MAX_WORDS
+        if forward_only and takes_words:
             table, fine = words_of(self.radial)
             self.constants |= {"RADIAL": WORDS.value, "K": table.shape[1] - 4}
             numbers = list(self.numbers)

@@ -220,7 +220,8 @@ def in_layout_of_scores(
     Nothing else tells Triton where to keep what is used with scores again and again: it would
     carry each lookup's result there, for every head, instead of `x` once.
     """
-    if IS_FILTER or FEATURE == tl.float64 or (FEATURE == tl.float32 and PRECISION == "ieee"):
+    IS_EXACT: tl.constexpr = FEATURE.primitive_bitwidth == 32 and PRECISION == "ieee"
+    if IS_FILTER or IS_EXACT or FEATURE.primitive_bitwidth == 64:
         return x
     else:
         zero = tl.zeros([x.shape[0], 16], tl.bfloat16)

@@ -1,6 +1,6 @@
 """The unit of the integer sums in `radial_gradient`: a bound on what any sum can become.
 
-Norms of rows bound the numbers of all pairs (Cauchy and Schwarz), and a softmax's weights sum to 1:
+Norms of rows bound the numbers of pairs (Cauchy and Schwarz), and a softmax's weights sum to 1:
 
     |A_ij| <= |dO_i| |v_j| + |dr_i|,   Σ_j |E_ij| <= 2 max |A|,  of a linear normalizer n max |A|
 
@@ -25,7 +25,7 @@ NUM_NORMS = 10
 
 @triton.jit
 def _norm(ptr, offs, real, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The largest squared norm of some rows, as the integer with the same bits: NaN is above all."""
+    """The largest squared norm of some rows, as the integer with its bits: NaN is above all."""
     if ptr is None:
         return 0
     else:
@@ -73,7 +73,7 @@ def _norms_kernel(
     """The largest squared norms of rows, over all atoms and heads."""
     pid = tl.program_id(0)
     b, block = pid // num_blocks, pid % num_blocks
-    first, count, last = pt.molecule(b, num_atoms, mask_ptr, ptr_ptr, 128)
+    first, _, last = pt.molecule(b, num_atoms, mask_ptr, ptr_ptr, 128)
     if block * BLOCK >= last:
         return
     offs = block * BLOCK + tl.arange(0, BLOCK)

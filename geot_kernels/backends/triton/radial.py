@@ -9,7 +9,8 @@ A table comes in one of three forms (`RADIAL`):
             linear table in 32 bits, which a program reads from shared memory
 
 `GAUSSIANS` are evaluated as they are, K exponentials for each pair: centers, gammas and weights
-`[2 + C, K]`. `K` is their number, or that of the words `W`. `radial` bundles `(pointer, intervals G, tables P, r_min, r_max, 1/h)`.
+`[2 + C, K]`. `K` is their number, or that of the words `W`. `radial` bundles `(pointer, intervals
+`G`, tables `P`, r_min, r_max, 1/h)`.
 """
 
 import triton

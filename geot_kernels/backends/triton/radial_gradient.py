@@ -25,7 +25,6 @@ from .launch import Problem
 from .pair import INTERPRETED
 from .radial import SLOPE, VALUE, channels_of, gaussian, hermite, interval_of
 
-
 # Tables.
 
 
@@ -102,7 +101,7 @@ def add_to_table(
 
 @triton.jit
 def add_units(ptr, at, units, there):
-    """Adds rounded numbers to 64-bit integers; in one piece, so that nothing waits in registers."""
+    """Adds rounded numbers to 64-bit integers; as one piece, so nothing waits in registers."""
     if INTERPRETED:
         there = tl.broadcast_to(there, units.shape)
         tl.atomic_add(ptr + at, tl.floor(units + 0.5).to(tl.int64), mask=there, sem="relaxed")

@@ -204,7 +204,7 @@ def row_inputs(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """`L_i`, and what is added to `dO_i·v_j`: `dr_i`, or nearly `-δ_i`, which no result depends on."""
+    """`L_i`, and what is added to `dO_i·v_j`: `dr_i`, or about `-δ_i`, which does not show."""
     at = at_number + offs.to(tl.int64) * H
     log_sum = pt.load_numbers(row_ptr, at, real, d_out.dtype)
     shift = pt.load_numbers(d_row_ptr, at, real, d_out.dtype)

@@ -35,14 +35,14 @@ class Tiles(NamedTuple):
         return -(-self.block_j // self.block_i) if self.keeps else 0
 
 
-# By keys (the molecule's atoms, rounded up; `MANY`: more than 128), for heads of at most 32, 64 and
-# 128 channels: [I, J, warps]. A key tile smaller than a molecule of at most 128 is not whole.
+# By keys (the molecule's atoms, rounded up; `MANY`: more than 128), for heads of at most 32, 64
+# and 128 channels: [I, J, warps]. Where `J` is less than the molecule, a tile is not whole.
 MANY = 256
 _FORWARD_16 = {
     16: ((16, 16, 1), (16, 16, 1), (16, 16, 1)),
     32: ((32, 32, 2), (32, 32, 2), (32, 32, 2)),
     64: ((64, 64, 4), (64, 64, 4), (32, 64, 4)),
-    128: ((16, 128, 4), (16, 128, 4), (16, 128, 8)),
+    128: ((64, 64, 4), (64, 64, 4), (64, 64, 8)),
     MANY: ((64, 64, 4), (64, 64, 4), (64, 64, 8)),
 }
 _FORWARD_32 = {

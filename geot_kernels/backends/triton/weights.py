@@ -58,7 +58,7 @@ def _attention_weights_kernel(
     h = pid % H
     block = (pid // H) % num_blocks
     b = pid // (H * num_blocks)
-    first, count, last = pt.molecule(b, num_atoms, mask_ptr, ptr_ptr, 128)
+    first, _, last = pt.molecule(b, num_atoms, mask_ptr, ptr_ptr, 128)
     q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None, ALIGN)
     k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None, ALIGN)
     q_ptr = pt.of_head(q_ptr, h, stride_qh, ALIGN)
@@ -82,14 +82,16 @@ def _attention_weights_kernel(
             positions_ptr, types_ptr, mask_ptr, first, offs_j, last
         )
         pairs = real_i[:, None] & real_j[None, :]
-        d, table, m, z = pt.geometry(x_i, x_j, types_i, types_j, maps)
+        geometry = pt.geometry(x_i, x_j, types_i, types_j, maps)
+        table, z = geometry[1], geometry[3]
         place = locate(radial, coordinate(radial, z, pairs, RADIAL), table, C, RADIAL)
         k = pt.load_rows(k_ptr, offs_j, real_j, stride_kn, D, BLOCK_D, ALIGN).to(FEATURE)
         f = evaluate(radial, place, h, pairs, C, D, BLOCK_D, K, RADIAL, IS_FILTER, False)[0]
         s = pt.scores(q, k, f, scale, IS_FILTER, PRECISION)
         s = pt.without_padding(s, real_j, RADIAL == ROWS, IS_LINEAR)
         if not IS_LINEAR and n < tiles:
-            p, shrunk, best, total = online_softmax(s, best, total, IS_LINEAR)
+            step = online_softmax(s, best, total, IS_LINEAR)
+            best, total = step[2], step[3]
         else:
             p = s
             if not IS_LINEAR:
