@@ -142,8 +142,16 @@ def test_kernels_of_small_molecules_compile_for_other_gpus(dtype, capability):
     report(capability, f"{dtype} N=64 H=8 D=32", compiled(capability, 64, dtype))
 
 
-def test_tf32_compiles_where_it_is_allowed(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+@pytest.fixture
+def tf32():
+    """Allows products of float32 numbers in TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_tf32_compiles_where_it_is_allowed(tf32):
     kernels = compiled(90, 64, torch.float32)
     assert kernels["forward"][0][0].constants["PRECISION"] == "tf32"
     report(90, "float32 as TF32 N=64 H=8 D=32", kernels)

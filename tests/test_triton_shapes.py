@@ -43,18 +43,22 @@ def test_all_passes_equal_the_reference_at_odd_sizes(score, normalizer, shape):
 
 def test_the_sizes_above_reach_every_choice_of_tiles():
     tiles = module("tiles")
-    for choose in (tiles.forward_tiles, tiles.backward_tiles, tiles.second_backward_tiles):
-        every = {choose(n, 16, False) for n in range(1, 1000)}
-        assert every == {choose(atoms, 16, False) for atoms, _, _ in SHAPES["bias"]}
+    for choose in (
+        lambda n: tiles.forward_tiles(n, 16, False, 4),
+        lambda n: tiles.backward_tiles(n, 16, False, 4),
+        lambda n: tiles.second_backward_tiles(n, 16, False),
+        lambda n: tiles.scatter_tiles(n, 16, False),
+        lambda n: tiles.scatter_tiles(n, 16, True),
+    ):
+        every = {choose(n) for n in range(1, 1000)}
+        assert every == {choose(atoms) for atoms, _, _ in SHAPES["bias"]}
     kinds = {  # of a filter: all of D, or a query atom at a time, or one key; all keys, or some
         tuple(x > 1 for x in t[:2]) + tuple(t[3:])
         for t in (tiles.filter_tiles(n, d) for n in (16, 32, 64, 256) for d in (2, 8, 32, 128))
     }
     seen = {
         tuple(x > 1 for x in t[:2]) + tuple(t[3:])
-        for t in (
-            tiles.forward_tiles(n, tiles.power_of_two(d), True) for n, _, d in SHAPES["filter"]
-        )
+        for t in (tiles.filter_tiles(n, tiles.power_of_two(d)) for n, _, d in SHAPES["filter"])
     }
     assert kinds <= seen
 

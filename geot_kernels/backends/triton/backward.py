@@ -501,7 +501,7 @@ def _attention_bwd_kernel(
             positions_ptr, types_ptr, mask_ptr, first, offs_i, last
         )
         dx_i = pt.no_vectors(BLOCK_I, SUM)
-        d_affine = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
+        affine_sums = rg.no_affine(BLOCK_I, BLOCK_T, SUM)
         for h in range(first_head, last_head):
             q, d_out, log_sum, shift = load_queries(
                 q_ptr,
@@ -589,8 +589,8 @@ def _attention_bwd_kernel(
                     weight = m * slope * pt.inverse(d)
                     dx_i = pt.add_vectors(dx_i, pt.pull_vectors(weight, x_i, x_j, 1))
                     if row_affine_ptr is not None:
-                        d_affine = rg.add_affine(
-                            d_affine, slope * d, slope, types_j, BLOCK_T, IS_FILTER
+                        affine_sums = rg.add_affine(
+                            affine_sums, slope * d, slope, types_j, BLOCK_T, IS_FILTER
                         )
             if dq_ptr is not None:
                 pt.store_rows(
@@ -607,7 +607,7 @@ def _attention_bwd_kernel(
         if row_vectors_ptr is not None:
             pt.store_vectors(row_vectors_ptr, dx_i, at_part + offs_i, offs_i < count)
         if row_affine_ptr is not None:
-            rg.store_affine(row_affine_ptr, at_part + offs_i, offs_i < count, d_affine, BLOCK_T)
+            rg.store_affine(row_affine_ptr, at_part + offs_i, offs_i < count, affine_sums, BLOCK_T)
 
 
 def launch_attention_bwd(

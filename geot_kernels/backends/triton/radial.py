@@ -46,9 +46,8 @@ def coordinate(radial, z, pairs, RADIAL: tl.constexpr):
     if RADIAL == ROWS:
         end = intervals.to(z.dtype) + 2.0
         u = (z - r_min) * per_h + 2.0
-        u = tl.minimum(
-            tl.maximum(u, 1.0), end * (1 - 2**-22)
-        )  # r_max belongs to the last interval
+        # r_max itself belongs to the last interval, where rounding to even could miss it.
+        u = tl.minimum(tl.maximum(u, 1.0), end if INTERPRETED else end * (1 - 2**-23))
         u = tl.where(z > r_max, end + 0.5, u)
         return tl.where(pairs, tl.where(z == z, u, end + 2.5), end + 1.5)
     elif RADIAL == WORDS:
@@ -60,10 +59,10 @@ def coordinate(radial, z, pairs, RADIAL: tl.constexpr):
 
 
 @triton.jit
-def split(u):
-    """`u = n + t`, `0 <= t <= 1`, without conversions, which are slow."""
+def split(u, end):
+    """`u = n + t`, `0 <= t <= 1`, without conversions, which are slow; `t = 1` at `end`."""
     if INTERPRETED:
-        n = tl.floor(u)
+        n = tl.where(u == end, end - 1, tl.floor(u))
         return n.to(tl.int32), u - n
     else:
         shifted = u + (_MAGIC - 0.5)
@@ -75,7 +74,7 @@ def interval_of(radial, x, RADIAL: tl.constexpr):
     """The interval `g`, the fraction `t` in it, and 1/h, which is 0 outside of the table."""
     _, intervals, _, r_min, r_max, per_h = radial
     if RADIAL == ROWS:
-        row, t = split(x)
+        row, t = split(x, intervals.to(x.dtype) + 2)
         inside = (row >= 2) & (row < intervals + 2)
         t = tl.where(row < 2, 0.0, tl.where(row < intervals + 2, t, 1.0))
         g = tl.minimum(tl.maximum(row - 2, 0), intervals - 1)
@@ -98,10 +97,10 @@ def locate(radial, x, table, C: tl.constexpr, RADIAL: tl.constexpr):
         g, t, inside = interval_of(radial, x, RADIAL)
         return (table * (intervals + 1) + g) * (2 * C), t, inside
     elif RADIAL == ROWS:
-        row, t = split(x)
+        row, t = split(x, intervals.to(x.dtype) + 2)
         return 4 * (table * (intervals + 5) + row), t, per_h
     else:
-        row, t = split(x)
+        row, t = split(x, intervals.to(x.dtype))
         return tl.minimum(tl.maximum(row, 0), intervals - 1), t, per_h  # where x is no number
 
 
