@@ -198,9 +198,19 @@ def test_a_constant_table_is_exact_in_words(form):
     assert torch.equal(out, expected) and made == ["words_of"]
 
 
-def test_words_are_for_those_who_want_no_gradient(form):
+def test_words_serve_gradients_only_where_rows_are_normalised_again(form):
     made = form("rows")
     (case,) = forward_cases("softmax", 9, 1)
+    case.tensors["v"].requires_grad_()
+    case.attention(backend="triton")
+    assert made == ["words_of"]
+    (case,) = forward_cases("softmax", 9, 1, sizes=(130,))
+    case.tensors["v"].requires_grad_()
+    made.clear()
+    case.attention(backend="triton")
+    assert made == ["rows_of"]
+    made.clear()
+    (case,) = forward_cases("linear", 9, 1)
     without = case.attention(backend="triton")
     assert made == ["words_of"]
     made.clear()

@@ -48,8 +48,8 @@ def coefficients(
     if IS_LINEAR:
         return p, tl.where(pairs, a + tl.expand_dims(shift, AXIS), 0)
     elif IS_WHOLE:
-        # Normalised again: exp(S - L) is off by the rounding of L. 2 - x is a Newton step to 1/x.
-        p *= 2 - tl.sum(p, AXIS, keep_dims=True)
+        # Normalised again: L is rounded, and where the forward pass read words, good to 16 bits.
+        p *= pt.reciprocal(tl.maximum(tl.sum(p, AXIS, keep_dims=True), 1e-30))
         return p, p * (a - tl.sum(p * a, AXIS, keep_dims=True))
     else:
         return p, p * (a + tl.expand_dims(shift, AXIS))

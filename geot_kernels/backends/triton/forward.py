@@ -187,7 +187,7 @@ def launch_attention_fwd(inputs: Inputs, forward_only: bool = False) -> tuple[Te
     With `forward_only`, what 16-bit features make of a table may be good to 16 bits.
     """
     problem = Problem(inputs)
-    problem.of_table(forward_only)
+    problem.of_table(True, forward_only)
     shape = inputs.q.shape
     out, row = problem.empty(*shape, dtype=inputs.q.dtype), problem.empty(*shape[:-1])
     if not out.numel():

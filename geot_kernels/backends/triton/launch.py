@@ -13,7 +13,7 @@ from ...reference import compute_dtype, largest_molecule
 from ..inputs import Inputs
 from .radial import GAUSSIANS, KNOTS, ROWS, WORDS
 from .tables import MAX_WORDS, rows_of, words_of
-from .tiles import power_of_two
+from .tiles import backward_tiles, power_of_two, scatter_tiles
 
 RUN_TIME = (  # arguments whose values no kernel is compiled for
     *(f"stride_{x}{dim}" for x in "qkv" for dim in "bnh"),
@@ -111,13 +111,25 @@ class Problem:
         """Pairs of all heads, at most."""
         return self.molecules * self.atoms**2 * self.heads
 
-    def of_table(self, forward_only: bool = False) -> None:
+    def normalises_again(self) -> bool:
+        """Whether a forward pass may read the table to 16 bits, gradients wanted or not.
+
+        They are wanted of the table itself: a backward pass whose tiles have whole rows finds the
+        sums of P again, and asks nothing of `L` but its size.
+        """
+        if self.is_linear:
+            return False
+        tiles = backward_tiles(self.atoms, self.block_d, False, 2)
+        rows = scatter_tiles(self.atoms, self.block_d, False)
+        return tiles.is_whole and rows.block_j >= self.atoms
+
+    def of_table(self, is_forward: bool = False, forward_only: bool = False) -> None:
         """Brings the table into the form that the kernels read fastest."""
         if self.form is not ROWS:
             return
-        takes_words = self.inputs.q.dtype.itemsize == 2 and self.tables == 1
+        takes_words = is_forward and self.inputs.q.itemsize == 2 and self.tables == 1
         takes_words &= self.atoms >= _ATOMS_FOR_WORDS and self.intervals <= MAX_WORDS
-        if forward_only and takes_words:
+        if takes_words and (forward_only or self.normalises_again()):
             table, fine = words_of(self.radial)
             self.constants |= {"RADIAL": WORDS.value, "K": table.shape[1] - 4}
             numbers = list(self.numbers)

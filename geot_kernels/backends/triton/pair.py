@@ -12,11 +12,23 @@ coordinates. `IS_FILTER` and `IS_LINEAR` choose score and normalizer.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+
+class Constant(tl.constexpr):
+    """A constant of the kernels.
+
+    Triton compares them with themselves in every launch, a microsecond each as `tl.constexpr`.
+    """
+
+    def __ne__(self, other: object) -> bool:
+        """False where it is the same object."""
+        return False if other is self else super().__ne__(other)
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = Constant(1.4426950408889634)
+LN2 = Constant(0.6931471805599453)
+
+
+INTERPRETED = Constant(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -27,6 +39,17 @@ def log2(x):
     else:
         return tl.inline_asm_elementwise(
             "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal(x):
+    """1/x as the hardware has it, good to one unit of rounding."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return 1 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 

@@ -16,20 +16,20 @@ A table comes in one of three forms (`RADIAL`):
 import triton
 import triton.language as tl
 
-from .pair import INTERPRETED, LOG2E, per_channel
+from .pair import INTERPRETED, LOG2E, Constant, per_channel
 
-KNOTS = tl.constexpr(0)
-ROWS = tl.constexpr(1)
-WORDS = tl.constexpr(2)
-GAUSSIANS = tl.constexpr(3)
+KNOTS = Constant(0)
+ROWS = Constant(1)
+WORDS = Constant(2)
+GAUSSIANS = Constant(3)
 
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2²³: the last bits of x + magic are x, rounded
-_MAGIC_BITS = tl.constexpr(0x4B400000)
+_MAGIC = Constant(12582912.0)  # 1.5 · 2²³: the last bits of x + magic are x, rounded
+_MAGIC_BITS = Constant(0x4B400000)
 
 # Derivatives of the cubic in t: 0, 1, 2.
-VALUE = tl.constexpr(0)
-SLOPE = tl.constexpr(1)
-CURVATURE = tl.constexpr(2)
+VALUE = Constant(0)
+SLOPE = Constant(1)
+CURVATURE = Constant(2)
 
 
 # Where a pair is in the table.

@@ -34,7 +34,7 @@ from .sweeps import GeometrySums, Sweeps
 from .tables import rows_of
 from .tiles import second_backward_tiles
 
-WHOLE, ROWS, COLUMNS = map(tl.constexpr, range(3))
+WHOLE, ROWS, COLUMNS = map(pt.Constant, range(3))
 
 
 @triton.jit

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .pair import Constant
 from .radial import VALUE, hermite
 
 _WORDS = 2048
 MAX_WORDS = 4096
-_PIECE = tl.constexpr(1024)  # of a channel's words, at a time
+_PIECE = Constant(1024)  # of a channel's words, at a time
 
 
 @triton.jit
