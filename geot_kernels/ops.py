@@ -235,6 +235,8 @@ def _autograd(
     """
 
     def kernel(*args: Any) -> Any:
+        if forward_only:  # what a tracer once found need not hold now
+            args = args[: _NUM_ARGS + 1]
         if _differentiable(args[:num_tensors]):
             return result(function.apply(*args[:num_tensors], args[num_tensors:]))
         with torch._C._AutoDispatchBelowAutograd():

@@ -418,7 +418,7 @@ def test_a_backend_is_a_module_and_its_reason_not_to_run(monkeypatch):
         def why_not(self, device, inputs=None):
             return "only two heads" if inputs is not None and inputs.q.shape[-2] != 2 else None
 
-        attention = staticmethod(lambda inputs: (inputs.q * 0 + 7, inputs.q[..., 0] * 0))
+        attention = staticmethod(lambda inputs, *_: (inputs.q * 0 + 7, inputs.q[..., 0] * 0))
 
     monkeypatch.setattr(backends, "load", lambda n: Small() if n == "cpu" else eager)
     with torch.no_grad():
