@@ -10,17 +10,41 @@ pass, `launch` turns the operators' inputs into arguments.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 
 from ..inputs import Inputs
-from .backward import launch_attention_bwd as attention_bwd
-from .forward import launch_attention_fwd as attention
-from .second_backward import launch_attention_bwd_bwd as attention_bwd_bwd
-from .weights import launch_attention_weights as attention_weights
+from .backward import launch_attention_bwd
+from .forward import launch_attention_fwd
+from .second_backward import launch_attention_bwd_bwd
+from .weights import launch_attention_weights
 
 __all__ = ["attention", "attention_bwd", "attention_bwd_bwd", "attention_weights", "why_not"]
+
+_Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
+
+
+def _on_its_device(launcher: _Launcher) -> _Launcher:
+    """Triton launches on the current device: makes it that of the tensors."""
+
+    @functools.wraps(launcher)
+    def launch(inputs: Inputs, *rest: Any) -> Any:
+        device = inputs.q.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(inputs, *rest)
+        with torch.cuda.device(device):
+            return launcher(inputs, *rest)
+
+    return cast(_Launcher, launch)
+
+
+attention = _on_its_device(launch_attention_fwd)
+attention_bwd = _on_its_device(launch_attention_bwd)
+attention_bwd_bwd = _on_its_device(launch_attention_bwd_bwd)
+attention_weights = _on_its_device(launch_attention_weights)
 
 _LEAST_CAPABILITY = (8, 0)
 _LARGEST_HEAD_DIM = 128
