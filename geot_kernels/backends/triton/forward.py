@@ -106,7 +106,7 @@ def _attention_fwd_kernel(
         return
     offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     there = offs_i < count
-    real_i = pt.real_atoms(mask_ptr, first, offs_i, last)
+    real_i, x_i, types_i = pt.load_atoms(positions_ptr, types_ptr, mask_ptr, first, offs_i, last)
     q_ptr = pt.feature_start(q_ptr, b, first, stride_qb, stride_qn, ptr_ptr is not None, ALIGN)
     k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None, ALIGN)
     v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None, ALIGN)
@@ -115,8 +115,6 @@ def _attention_fwd_kernel(
 
     radial = (radial_ptr, num_intervals, num_tables, r_min, r_max, per_h)
     maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
-    x_i = pt.load_vectors(positions_ptr, first + offs_i, real_i)
-    types_i = pt.load_types(types_ptr, first + offs_i, real_i)
     offs_j = tl.arange(0, BLOCK_J)
     real_j, x_j, types_j = pt.load_atoms(positions_ptr, types_ptr, mask_ptr, first, offs_j, last)
     pairs = real_i[:, None] & real_j[None, :]

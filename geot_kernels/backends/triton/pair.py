@@ -16,7 +16,7 @@ import triton.language as tl
 class Constant(tl.constexpr):
     """A constant of the kernels.
 
-    Triton compares them with themselves in every launch, a microsecond each as `tl.constexpr`.
+    Triton compares them with themselves in every launch: 0.05 µs each, 0.35 as `tl.constexpr`.
     """
 
     def __ne__(self, other: object) -> bool:
@@ -26,8 +26,6 @@ class Constant(tl.constexpr):
 
 LOG2E = Constant(1.4426950408889634)
 LN2 = Constant(0.6931471805599453)
-
-
 INTERPRETED = Constant(triton.knobs.runtime.interpret)
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pair import Constant
-from .radial import VALUE, hermite
+from .radial import KNOTS, VALUE, combine
 
 _WORDS = 2048
 MAX_WORDS = 4096
@@ -71,8 +71,7 @@ def _fine_value(knots_ptr, n, c, fine, num_intervals, num_channels):
     g = tl.minimum(n // fine, num_intervals - 1)
     t = (n - g * fine).to(tl.float32) / fine
     y_0, s_0, y_1, s_1 = _interval(knots_ptr, 0, g, c, num_intervals, num_channels, n >= 0)
-    w_y, w_0, w_1 = hermite(t, VALUE)
-    return y_0 + (w_y * (y_1 - y_0) + (w_0 * s_0 + w_1 * s_1))
+    return combine((y_0, s_0, y_1 - y_0, s_1), t, VALUE, KNOTS)
 
 
 @triton.jit(do_not_specialize=("num_intervals", "num_channels", "fine"))
@@ -130,7 +129,7 @@ def words_of(knots: Tensor) -> tuple[Tensor, int]:
     """The words `[C, W + 4]` of knots `[1, G+1, 2, C]`, and how many make an interval."""
     intervals, channels = knots.shape[1] - 1, knots.shape[3]
     fine = max(_WORDS // intervals, 1)
-    size = max(_WORDS, MAX_WORDS if intervals > _WORDS else 0)
+    size = MAX_WORDS if intervals > _WORDS else _WORDS
     words = torch.empty(channels, size + 4, dtype=torch.int32, device=knots.device)
     _words_kernel[(channels,)](knots, words, intervals, channels, fine, W=size, num_warps=4)
     return words, fine
