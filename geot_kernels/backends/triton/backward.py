@@ -92,18 +92,8 @@ def load_queries(
 
 @triton.jit
 def key_tile(
-    q_ptr,
-    stride_qn,
-    stride_qh,
-    d_out_ptr,
-    out_ptr,
-    row_ptr,
-    d_row_ptr,
-    quantum_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    d_radial_ptr,
+    queries,
+    results,
     first,
     count,
     b,
@@ -137,7 +127,10 @@ def key_tile(
     """What some query atoms add to keys that a program has: dk, dv, and `dL/dz` [J, I].
 
     With keys as rows the products that are summed over query atoms start from registers.
+    `queries` are what is read of query atoms, `results` what is wanted.
     """
+    q_ptr, stride_qn, stride_qh, d_out_ptr, out_ptr, row_ptr, d_row_ptr = queries
+    quantum_ptr, dq_ptr, dk_ptr, dv_ptr, d_radial_ptr = results
     pairs = real_j[:, None] & real_i[None, :]
     q, d_out, log_sum, shift = load_queries(
         q_ptr,
@@ -273,6 +266,8 @@ def _attention_bwd_kernel(
     k_ptr = pt.feature_start(k_ptr, b, first, stride_kb, stride_kn, ptr_ptr is not None, ALIGN)
     v_ptr = pt.feature_start(v_ptr, b, first, stride_vb, stride_vn, ptr_ptr is not None, ALIGN)
     at_features = first * (H * D)
+    queries = (q_ptr, stride_qn, stride_qh, d_out_ptr, out_ptr, row_ptr, d_row_ptr)
+    results = (quantum_ptr, dq_ptr, dk_ptr, dv_ptr, d_radial_ptr)
     radial = (radial_ptr, num_intervals, num_tables, r_min, r_max, per_h)
     maps = (affine_ptr, pair_index_ptr, num_types, num_tables)
     SUM: tl.constexpr = positions_ptr.dtype.element_ty
@@ -334,18 +329,8 @@ def _attention_bwd_kernel(
                     x = pt.opaque(kept_x[n])
                     table = pt.tables_of(types_j, types_i, maps)
                     dk, dv, slope = key_tile(
-                        q_ptr,
-                        stride_qn,
-                        stride_qh,
-                        d_out_ptr,
-                        out_ptr,
-                        row_ptr,
-                        d_row_ptr,
-                        quantum_ptr,
-                        dq_ptr,
-                        dk_ptr,
-                        dv_ptr,
-                        d_radial_ptr,
+                        queries,
+                        results,
                         first,
                         count,
                         b,
@@ -387,18 +372,8 @@ def _attention_bwd_kernel(
                     d, table, m, z = pt.geometry(x_j, x_i, types_j, types_i, maps)
                     x = coordinate(radial, z, real_j[:, None] & real_i[None, :], RADIAL)
                     dk, dv, slope = key_tile(
-                        q_ptr,
-                        stride_qn,
-                        stride_qh,
-                        d_out_ptr,
-                        out_ptr,
-                        row_ptr,
-                        d_row_ptr,
-                        quantum_ptr,
-                        dq_ptr,
-                        dk_ptr,
-                        dv_ptr,
-                        d_radial_ptr,
+                        queries,
+                        results,
                         first,
                         count,
                         b,
