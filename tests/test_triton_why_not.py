@@ -19,7 +19,7 @@ def backend(monkeypatch):
     triton = pytest.importorskip("triton")
     backend = importlib.import_module("geot_kernels.backends.triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(backend, "_why_not_gpu", lambda device: None)
+    monkeypatch.setattr(backend, "why_not_gpu", lambda device: None)
     return backend
 
 
@@ -69,7 +69,7 @@ def test_other_devices_are_refused(backend):
 def test_old_gpus_and_those_of_others_are_refused(monkeypatch):
     pytest.importorskip("triton")
     backend = importlib.import_module("geot_kernels.backends.triton")
-    reason = backend._why_not_gpu.__wrapped__
+    reason = backend.why_not_gpu.__wrapped__
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert reason(GPU) == "PyTorch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -9,13 +9,10 @@ pass, `launch` turns the operators' inputs into arguments.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import torch
 import triton
 
+from ..gpu import on_its_device, why_not_gpu
 from ..inputs import Inputs
 from .backward import launch_attention_bwd
 from .forward import launch_attention_fwd
@@ -24,29 +21,11 @@ from .weights import launch_attention_weights
 
 __all__ = ["attention", "attention_bwd", "attention_bwd_bwd", "attention_weights", "why_not"]
 
-_Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
+attention = on_its_device(launch_attention_fwd)
+attention_bwd = on_its_device(launch_attention_bwd)
+attention_bwd_bwd = on_its_device(launch_attention_bwd_bwd)
+attention_weights = on_its_device(launch_attention_weights)
 
-
-def _on_its_device(launcher: _Launcher) -> _Launcher:
-    """Triton launches on the current device: makes it that of the tensors."""
-
-    @functools.wraps(launcher)
-    def launch(inputs: Inputs, *rest: Any) -> Any:
-        device = inputs.q.device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return launcher(inputs, *rest)
-        with torch.cuda.device(device):
-            return launcher(inputs, *rest)
-
-    return cast(_Launcher, launch)
-
-
-attention = _on_its_device(launch_attention_fwd)
-attention_bwd = _on_its_device(launch_attention_bwd)
-attention_bwd_bwd = _on_its_device(launch_attention_bwd_bwd)
-attention_weights = _on_its_device(launch_attention_weights)
-
-_LEAST_CAPABILITY = (8, 0)
 _LARGEST_HEAD_DIM = 128
 _MOST_TYPES = 256  # of an affine map: sums for each are kept in registers
 _MOST_NUMBERS = 2**31  # of a radial function or a molecule: offsets there are 32 bits
@@ -59,25 +38,9 @@ def why_not(device: torch.device, inputs: Inputs | None = None) -> str | None:
         return (
             "its kernels run on 'cuda', not on 'cpu' (TRITON_INTERPRET=1 interprets them, slowly)"
         )
-    if device.type not in ("cpu", "cuda"):
-        return f"its kernels run on 'cuda', not on '{device.type}'"
-    if device.type == "cuda" and (reason := _why_not_gpu(device)):
+    if device.type != "cpu" and (reason := why_not_gpu(device)):
         return reason
     return None if inputs is None else _why_not_inputs(inputs, interpreted)
-
-
-@functools.cache
-def _why_not_gpu(device: torch.device) -> str | None:
-    if torch.version.hip is not None:
-        return "its kernels are written for NVIDIA GPUs, and this PyTorch is built for AMD's"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < _LEAST_CAPABILITY:
-        return (
-            f"its kernels need compute capability 8.0 or later, and {device} has {major}.{minor}"
-        )
-    return None
 
 
 def _why_not_inputs(inputs: Inputs, interpreted: bool) -> str | None:

@@ -1,0 +1,2 @@
+#define GEOT_TYPE Half
+#include "backward.inc"

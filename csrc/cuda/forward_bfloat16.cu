@@ -1,0 +1,2 @@
+#define GEOT_TYPE BFloat16
+#include "forward.inc"

@@ -1,0 +1,2 @@
+#define GEOT_TYPE double
+#include "second_backward.inc"

@@ -1,0 +1,2 @@
+#define GEOT_TYPE float
+#include "second_backward.inc"
