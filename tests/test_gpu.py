@@ -55,10 +55,11 @@ def test_results_repeat_bit_for_bit_with_deterministic_algorithms(variant):
         assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
 
 
-# The Triton kernels.
+# The fused kernels.
 
+KERNELS = ("triton", "cuda")
 FUSED = [v for v in VARIANTS if v[3] != "full"]
-SIZES = [(7, 0, 16), (31, 5), (64, 33), (128, 9), (300, 150)]  # every kind of tile
+SIZES = [(7, 0, 16), (31, 5), (64, 33), (128, 9), (300, 150)]  # every kind of tile and sweep
 
 
 def draws(variant, dtype, sizes, count=4, **more):
@@ -72,64 +73,84 @@ def draws(variant, dtype, sizes, count=4, **more):
         yield moved(case, DEVICE)
 
 
+QUANTIZED = {"d knots": 1e-10, "dd knots": 2e-9, "d affine": 1e-10, "dd affine": 2e-8}
+
+
+@pytest.mark.parametrize("variant", FUSED, ids=" ".join)
+def test_cuda_equals_the_reference_in_float64(variant):
+    case = moved(make_case(*variant, sizes=(18, 0, 33), attention_scale=True), DEVICE)
+    got, expected = (orders.passes(case, b) for b in ("cuda", "reference"))
+    for name in expected:
+        _, error = orders.largest_difference({name: got[name]}, {name: expected[name]})
+        assert error <= QUANTIZED.get(name, ROUNDING), (name, error)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", FUSED, ids=" ".join)
-def test_triton_stays_within_twice_the_error_of_the_reference(variant, dtype):
+def test_passes_stay_within_twice_the_error_of_the_reference(variant, dtype, backend):
     cases = list(draws(variant, dtype, (17, 0, 9)))
-    assert not orders.over_budget(orders.typical_errors(cases, "triton"))
+    assert not orders.over_budget(orders.typical_errors(cases, backend))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("policy", [("bias", "softmax"), ("filter", "linear")], ids=" ".join)
-def test_triton_stays_within_the_budget_with_every_tile(policy, sizes):
+def test_passes_stay_within_the_budget_with_every_tile(policy, sizes, backend):
     cases = list(draws((*policy, "table", "masked"), torch.float32, sizes, 2))
-    assert not orders.over_budget(orders.typical_errors(cases, "triton"))
+    assert not orders.over_budget(orders.typical_errors(cases, backend))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("channels", [2, 8, 12, 24, 32, 48, 64, 80, 128])
-def test_triton_stays_within_the_budget_for_any_head_dimension(channels):
+def test_passes_stay_within_the_budget_for_any_head_dimension(channels, backend):
     for score in ("bias", "filter"):
         variant = (score, "softmax", "table", "packed")
         cases = list(draws(variant, torch.float32, (12, 20), 2, channels=channels))
-        assert not orders.over_budget(orders.typical_errors(cases, "triton"))
+        assert not orders.over_budget(orders.typical_errors(cases, backend))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("variant", [v for v in FUSED if v[3] == "masked"], ids=" ".join)
-def test_triton_gives_the_weights_of_the_reference(variant):
+def test_weights_are_those_of_the_reference(variant, backend):
     (case,) = draws(variant, torch.float32, (17, 0, 9), 1)
     with torch.no_grad():
-        got, expected = (case.weights(backend=b) for b in ("triton", "reference"))
+        got, expected = (case.weights(backend=b) for b in (backend, "reference"))
     assert relative_error(got, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("variant", [v for v in FUSED if v[3] == "masked"], ids=" ".join)
-def test_triton_repeats_bit_for_bit(variant):
+def test_results_repeat_bit_for_bit(variant, backend):
     (case,) = draws(variant, torch.float32, (64, 33), 1)
-    runs = [orders.passes(case, "triton") for _ in range(3)]
+    runs = [orders.passes(case, backend) for _ in range(3)]
     for other in runs[1:]:
         assert all(torch.equal(x, runs[0][n]) for n, x in other.items())
 
 
-def test_triton_forward_passes_can_be_captured_in_a_graph():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_forward_passes_can_be_captured_in_a_graph(backend):
     (case,) = draws(("bias", "softmax", "table", "masked"), torch.bfloat16, (40, 64), 1)
     with torch.no_grad():
-        expected = case.attention(backend="triton")
+        expected = case.attention(backend=backend)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = case.attention(backend="triton")
+            out = case.attention(backend=backend)
         out.fill_(torch.nan)
         graph.replay()
     assert torch.equal(out, expected)
 
 
-def test_triton_compiles_into_one_graph():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_they_compile_into_one_graph(backend):
     (case,) = draws(("bias", "softmax", "table", "masked"), torch.float32, (20, 9), 1)
-    expected = case.attention(backend="triton")
-    got = torch.compile(lambda: case.attention(backend="triton"), fullgraph=True)()
+    expected = case.attention(backend=backend)
+    got = torch.compile(lambda: case.attention(backend=backend), fullgraph=True)()
     assert relative_error(got, expected) <= 1e-6
 
 
-def test_triton_needs_memory_that_grows_as_the_atoms_do():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_memory_grows_as_the_atoms_do(backend):
     peaks = []
     for atoms in (2048, 4096):
         q = torch.randn(1, atoms, 8, 32, device=DEVICE, requires_grad=True)
@@ -138,13 +159,13 @@ def test_triton_needs_memory_that_grows_as_the_atoms_do():
         table = gk.RadialTable(torch.randn(1, 256, 2, 8, device=DEVICE), 0.0, 12.0)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = gk.geo_attention(q, q, q, positions, table, backend="triton")
+        out = gk.geo_attention(q, q, q, positions, table, backend=backend)
         torch.autograd.grad(out.square().sum(), (q, positions))
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] <= 2.2 * peaks[0]
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_module_trains_under_autocast(dtype, backend):
     torch.manual_seed(0)

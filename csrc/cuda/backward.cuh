@@ -112,10 +112,10 @@ struct Backward {
       GEOT_SYNC_BLOCK();  // who reads the tiles before
       load(call, work, memory, m, first, step == 0, j0, columns);
       GEOT_SYNC_BLOCK();
-      const auto pair_at = [&](int half, int j) { return pair_of(in, atoms[half], others[j]); };
+      const PairAt<F> pair_at{in, atoms, others};
       const View<F> p = memory.p.rows(at), e = memory.e.rows(at), b = memory.b.rows(at);
       const typename Score::Side side = score.by_rows(at);
-      score.scores(p, b, needs_b, side, own1, memory.other1, columns, pair_at);
+      score.template scores<true>(p, b, side, own1, memory.other1, columns, pair_at);
       products<T, F, kTiles>(own2, memory.other2, columns, head_dim,
                              [&](int i, int j, F product) { e(i, j) = product; });
       if (!kByKeys && !in.is_linear && step < tiles) {
@@ -208,9 +208,7 @@ struct Backward {
     GEOT_SYNC_BLOCK();  // who writes P, E and m b
     for (int i0 = 0; i0 < m.real.last; i0 += kColumns) {
       const int columns = m.real.last - i0 < kColumns ? m.real.last - i0 : kColumns;
-      const auto pair_at = [&](int half, int i) {
-        return pair_of(call.in, atoms[half], memory.others[i0 + i]);
-      };
+      const PairAt<F> pair_at{call.in, atoms, memory.others + i0};
       if (call.dv.data != nullptr) {
         sum2.add(memory.p.columns(i0), memory.own2.from(i0), columns);
       }

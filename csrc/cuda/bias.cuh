@@ -47,15 +47,23 @@ class Bias {
   GEOT_DEVICE RowSum sum(int which) const { return {memory_.sums, which, head_dim_}; }
 
   // S; and f' where that is wanted.
-  template <class PairAt>
-  GEOT_DEVICE void scores(const View<F>& s, const View<F>& slope, bool needs_slope, const Side&,
-                          const Tile<T>& own, const Tile<T>& other, int columns,
-                          const PairAt& pair_at) const {
-    for_each_pair_in_turn<F>(columns, [&](int half, int i, int j) {
-      const Jet<F> jet = radial_.template jet<1>(pair_at(half, j));
+  template <bool kSlope, class PairAt>
+  GEOT_DEVICE void scores(const View<F>& s, const View<F>& slope, const Side&, const Tile<T>& own,
+                          const Tile<T>& other, int columns, const PairAt& pair_at) const {
+    constexpr int kOrder = kSlope ? 1 : 0;
+    const auto put = [&](int i, int j, const Jet<F>& jet) {
       s(i, j) = jet.f;
-      if (needs_slope) slope(i, j) = jet.f1;
-    });
+      if constexpr (kSlope) slope(i, j) = jet.f1;
+    };
+    if (radial_.is_plain()) {
+      for_each_pair_in_turn<F>(columns, [&](int half, int i, int j) {
+        put(i, j, radial_.template plain_jet<kOrder>(pair_at.plain(half, j)));
+      });
+    } else {
+      for_each_pair_in_turn<F>(columns, [&](int half, int i, int j) {
+        put(i, j, radial_.template jet<kOrder>(pair_at(half, j)));
+      });
+    }
     add_scaled(s, own, other, columns);
   }
 

@@ -71,10 +71,9 @@ class Filter {
   using RowSum = SharedSum<F>;
   GEOT_DEVICE RowSum sum(int which) const { return {memory_.sums, which, head_dim_}; }
 
-  template <class PairAt>
-  GEOT_DEVICE void scores(const View<F>& s, const View<F>&, bool, const Side& side,
-                          const Tile<F>& own, const Tile<F>& other, int columns,
-                          const PairAt& pair_at) const {
+  template <bool, class PairAt>
+  GEOT_DEVICE void scores(const View<F>& s, const View<F>&, const Side& side, const Tile<F>& own,
+                          const Tile<F>& other, int columns, const PairAt& pair_at) const {
     for_each_pair_in_turn<F>(columns, [&](int half, int i, int j) {
       const PairOfAtoms<F> pair = pair_at(half, j);
       side.z(i, j) = pair.z;

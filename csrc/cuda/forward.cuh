@@ -67,11 +67,9 @@ struct Forward {
           memory.others[j] = load_atom<F>(in, m, j0 + j);
         }
         GEOT_SYNC_BLOCK();
-        const auto pair_at = [&](int half, int j) {
-          return pair_of(in, atoms[half], memory.others[j]);
-        };
+        const PairAt<F> pair_at{in, atoms, memory.others};
         const View<F> p = memory.p.rows(0);
-        score.scores(p, p, false, score.by_rows(0), own, memory.k, columns, pair_at);
+        score.template scores<false>(p, p, score.by_rows(0), own, memory.k, columns, pair_at);
         if (in.is_linear) {
           for_each_pair<kTiles>(columns, [&](int, int e, int j) {
             F& s = p(row_of(e), j);

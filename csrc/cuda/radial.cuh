@@ -22,40 +22,53 @@ struct Place {
 template <class F>
 GEOT_DEVICE Place<F> place_of(const Grid<F>& grid, int table, F z) {
   const F u = grid.coordinate(z);
-  const int interval = int(grid.in_range(u));
-  return {table + interval, u - F(interval), grid.slope_of_coordinate(z)};
+  if constexpr (sizeof(F) == 8) {
+    const int interval = int(grid.in_range(u));
+    return {table + interval, u - F(interval), grid.slope_of_coordinate(z)};
+  } else {
+    // Truncation without conversions, which are slow: beyond 1.5 2^23 numbers are whole, and the
+    // low bits are theirs. Between u - 1/2 rounded up or down there is no difference: t is 1 or 0.
+    constexpr float kWhole = 12582912;
+    union {
+      float number;
+      int bits;
+    } whole{grid.in_range(u - 0.5f) + kWhole};
+    return {table + (whole.bits & 0x3fffff), u - (whole.number - kWhole),
+            grid.slope_of_coordinate(z)};
+  }
 }
 
-// Knots [P num_knots] of (value, slope), `stride` numbers apart; together where they were copied.
+// Knots [P num_knots] of (value, slope), `stride` numbers apart, or a copy that has them together.
 template <class F>
 struct HeadTable {
   const F* data;
   int64_t stride;
-  bool is_copy;
+  const F* copy;
 
-  GEOT_DEVICE Knots<F> at(int knot) const {
+  static GEOT_DEVICE Knots<F> in_copy(const F* copy, int knot) {
     struct alignas(2 * sizeof(F)) Knot {
       F y, s;
     };
-    if (is_copy) {
-      const Knot* k = reinterpret_cast<const Knot*>(data) + knot;
-      const Knot left = k[0], right = k[1];
-      return {left.y, left.s, right.y, right.s};
-    }
+    const Knot* k = reinterpret_cast<const Knot*>(copy) + knot;
+    const Knot left = k[0], right = k[1];
+    return {left.y, left.s, right.y, right.s};
+  }
+  GEOT_DEVICE Knots<F> at(int knot) const {
+    if (copy != nullptr) return in_copy(copy, knot);
     const F* k = data + 2 * knot * stride;
     return {k[0], k[stride], k[2 * stride], k[3 * stride]};
   }
-  template <int kOrder>
-  GEOT_DEVICE Jet<F> jet(const Place<F>& at_z) const {
-    const Knots<F> k = at(at_z.knot);
-    Jet<F> jet{value(k, weights_of_value(at_z.t)), 0, 0};
-    if constexpr (kOrder > 0) jet.f1 = derivative(k, weights_of_slope(at_z.t)) * at_z.per_h;
-    if constexpr (kOrder > 1) {
-      jet.f2 = derivative(k, weights_of_curvature(at_z.t)) * (at_z.per_h * at_z.per_h);
-    }
-    return jet;
-  }
 };
+
+template <int kOrder, class F>
+GEOT_DEVICE Jet<F> jet_of(const Knots<F>& k, const Place<F>& place) {
+  Jet<F> jet{value(k, weights_of_value(place.t)), 0, 0};
+  if constexpr (kOrder > 0) jet.f1 = derivative(k, weights_of_slope(place.t)) * place.per_h;
+  if constexpr (kOrder > 1) {
+    jet.f2 = derivative(k, weights_of_curvature(place.t)) * (place.per_h * place.per_h);
+  }
+  return jet;
+}
 
 template <class F>
 struct RadialMemory {
@@ -87,6 +100,7 @@ class HeadRadial {
                          const Sums* sums)
       : grid_(Grid<F>::make(work.in.r_min, work.in.r_max, int(work.in.num_knots) - 1)),
         num_gaussians_(int(work.in.num_gaussians)),
+        is_plain_(memory.table != nullptr && work.in.pairs == nullptr && work.in.affine == nullptr),
         gaussians_(memory.gaussians),
         moments_(memory.moments) {
     const Inputs& in = work.in;
@@ -121,7 +135,10 @@ class HeadRadial {
   // Gaussians have no second derivative here: their second backward pass is plain PyTorch's.
   template <int kOrder>
   GEOT_DEVICE Jet<F> jet(const PairOfAtoms<F>& pair) const {
-    if (num_gaussians_ == 0) return table_.template jet<kOrder>(place(pair));
+    if (num_gaussians_ == 0) {
+      const Place<F> place = this->place(pair);
+      return jet_of<kOrder>(table_.at(place.knot), place);
+    }
     Jet<F> sum{};
     for (int k = 0; k < num_gaussians_; ++k) {
       const F apart = pair.z - center(k), phi = weight(k) * Math<F>::exp(-gamma(k) * apart * apart);
@@ -130,9 +147,17 @@ class HeadRadial {
     }
     return sum;
   }
+  // Whether pairs are plain and the table is copied: what most problems are, and loops are short.
+  GEOT_DEVICE bool is_plain() const { return is_plain_; }
+  template <int kOrder>
+  GEOT_DEVICE Jet<F> plain_jet(const PairOfAtoms<F>& pair) const {
+    const Place<F> place = this->place(pair);
+    return jet_of<kOrder>(HeadTable<F>::in_copy(table_.copy, place.knot), place);
+  }
   GEOT_DEVICE bool has_dot() const { return table_dot_.data != nullptr; }
   GEOT_DEVICE Jet<F> jet_dot(const PairOfAtoms<F>& pair) const {
-    return table_dot_.template jet<1>(place(pair));
+    const Place<F> place = this->place(pair);
+    return jet_of<1>(table_dot_.at(place.knot), place);
   }
 
   GEOT_DEVICE bool sums_gradient() const { return sums_ || moments_ != nullptr; }
@@ -191,11 +216,10 @@ class HeadRadial {
 
  private:
   static GEOT_DEVICE HeadTable<F> load(F* shared, const F* global, int64_t knots, int64_t stride) {
-    if (shared == nullptr) return {global, stride, false};
-    for (int64_t n = thread_index(); n < 2 * knots; n += num_threads()) {
+    for (int64_t n = thread_index(); shared != nullptr && n < 2 * knots; n += num_threads()) {
       shared[n] = global[n * stride];
     }
-    return {shared, 1, true};
+    return {global, stride, shared};
   }
   GEOT_DEVICE F center(int k) const { return gaussians_[k]; }
   GEOT_DEVICE F gamma(int k) const { return gaussians_[num_gaussians_ + k]; }
@@ -203,6 +227,7 @@ class HeadRadial {
 
   Grid<F> grid_;
   int num_gaussians_;
+  bool is_plain_;
   F *gaussians_, *moments_;
   HeadTable<F> table_{}, table_dot_{};
   KnotSums<F> sums_;

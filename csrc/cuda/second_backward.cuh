@@ -150,7 +150,7 @@ struct SecondBackward {
       GEOT_SYNC_BLOCK();  // who reads the tiles before
       load(call, work, memory, m, first, step == 0, j0, columns);
       GEOT_SYNC_BLOCK();
-      const auto pair_at = [&](int half, int j) { return pair_of(in, own.atoms[half], others[j]); };
+      const PairAt<F> pair_at{in, own.atoms, others};
       const auto tangent_at = [&](const PairOfAtoms<F>& pair, int half, int j) {
         return tangent_of(call, pair, x_dot_between(memory, own, half, at + j));
       };
@@ -334,9 +334,7 @@ struct SecondBackward {
     GEOT_SYNC_BLOCK();  // who writes the matrices
     for (int i0 = 0; i0 < m.real.last; i0 += kColumns) {
       const int columns = m.real.last - i0 < kColumns ? m.real.last - i0 : kColumns;
-      const auto pair_at = [&](int half, int i) {
-        return pair_of(call.in, own.atoms[half], memory.others[i0 + i]);
-      };
+      const PairAt<F> pair_at{call.in, own.atoms, memory.others + i0};
       const auto tangent_at = [&](const PairOfAtoms<F>& pair, int half, int i) {
         return tangent_of(call, pair, x_dot_between(memory, own, half, i0 + i));
       };

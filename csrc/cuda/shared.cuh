@@ -22,21 +22,23 @@ GEOT_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
-// Gives out pieces of memory, one after the other. The host asks a carver at 0 for the size.
+// Gives out pieces of memory, one after the other. (Pointers stay pointers: from arithmetic of
+// integers no compiler knows any longer that they point to shared memory.)
 class Carver {
  public:
-  GEOT_INLINE explicit Carver(char* base) : at_(reinterpret_cast<uintptr_t>(base)) {}
+  GEOT_INLINE explicit Carver(char* base) : base_(base), used_(0) {}
 
   template <class T>
   GEOT_INLINE T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(at_);
-    at_ += round_up(count * int64_t(sizeof(T)), 16);
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * int64_t(sizeof(T)), 16);
     return piece;
   }
-  GEOT_INLINE uintptr_t at() const { return at_; }
+  GEOT_INLINE int64_t used() const { return used_; }
 
  private:
-  uintptr_t at_;
+  char* base_;
+  int64_t used_;
 };
 
 // Four numbers side by side, aligned for loads of 16 bytes; sums of four channels.

@@ -104,14 +104,20 @@ struct PairOfAtoms {
 
   GEOT_DEVICE Vector3<F> u() const { return apart * inverse_distance(dist); }
 };
+// Where all pairs have one table, and no map.
 template <class F>
-GEOT_DEVICE PairOfAtoms<F> pair_of(const Inputs& in, const Atom<F>& own, const Atom<F>& other) {
+GEOT_DEVICE PairOfAtoms<F> plain_pair_of(const Atom<F>& own, const Atom<F>& other) {
   PairOfAtoms<F> pair;
   pair.apart = own.x - other.x;
   pair.dist = distance(pair.apart);
   pair.m = 1;
   pair.z = pair.dist;
   pair.table = pair.affine = 0;
+  return pair;
+}
+template <class F>
+GEOT_DEVICE PairOfAtoms<F> pair_of(const Inputs& in, const Atom<F>& own, const Atom<F>& other) {
+  PairOfAtoms<F> pair = plain_pair_of(own, other);
   if (in.pairs != nullptr) {
     const int64_t i = own.type < 0 ? 0 : own.type, j = other.type < 0 ? 0 : other.type;
     pair.affine = int(in.pairs[i * in.num_types + j]);
@@ -124,6 +130,21 @@ GEOT_DEVICE PairOfAtoms<F> pair_of(const Inputs& in, const Atom<F>& own, const A
   }
   return pair;
 }
+
+// The pair of a lane's row, 0 or 1, and a column.
+template <class F>
+struct PairAt {
+  const Inputs& in;
+  const Atom<F> (&own)[2];
+  const Atom<F>* others;
+
+  GEOT_DEVICE PairOfAtoms<F> operator()(int half, int j) const {
+    return pair_of(in, own[half], others[j]);
+  }
+  GEOT_DEVICE PairOfAtoms<F> plain(int half, int j) const {
+    return plain_pair_of(own[half], others[j]);
+  }
+};
 
 // How a pair moves: ẋ_ij, ḋ, ṁ, ż.
 template <class F>
