@@ -14,6 +14,7 @@ file does what is missing. Speed-ups are computed from the rows, and printed.
 
     ours                         the table given; where the pass has its gradient, to the knots
     ours with table              from the Gaussians' weights on
+    ours, CUDA C++               `ours` by backend "cuda"
     plain                        `scaled_dot_product_attention`, no geometry: the floor
     SDPA, bias given             the same with a bias in memory, and its gradient, no more
     SDPA, bias recomputed        from the Gaussians' weights on, as all of the following
@@ -61,18 +62,25 @@ COLUMNS = (
 )
 OURS, BUILT, PLAIN, GIVEN = "ours", "ours with table", "plain", "SDPA, bias given"
 RECOMPUTED, EAGER, MATH = "SDPA, bias recomputed", "eager", "eager MATH"
+IN_CUDA = "ours, CUDA C++"
 COMPILED, FLEX, FLEX_TABLE = "compiled eager", "FlexAttention, Gaussians", "FlexAttention, table"
 GROUPS = {
     "core": (OURS, BUILT, PLAIN, GIVEN),
+    "kernels": (OURS, IN_CUDA, PLAIN),
     "plain": (OURS, BUILT, RECOMPUTED, EAGER, MATH),
     "compiled": (OURS, BUILT, COMPILED),
     "flex": (OURS, BUILT, FLEX, FLEX_TABLE),
     "filter": (OURS, BUILT, EAGER),
     "one molecule": (OURS, BUILT, PLAIN, EAGER),
 }
-RADIAL = {OURS: "table", FLEX_TABLE: "table", PLAIN: "none"}  # the oracle; others: "gaussians"
-AGAINST_GIVEN = (PLAIN, GIVEN, FLEX_TABLE)  # these make no table and no bias: nor do ours
-STRICT = (OURS, BUILT, PLAIN, FLEX, FLEX_TABLE)  # no radial function in 16 bits
+RADIAL = {
+    OURS: "table",
+    IN_CUDA: "table",
+    FLEX_TABLE: "table",
+    PLAIN: "none",
+}  # the oracle; others: "gaussians"
+AGAINST_GIVEN = (IN_CUDA, PLAIN, GIVEN, FLEX_TABLE)  # these make no table and no bias: nor do ours
+STRICT = (OURS, BUILT, IN_CUDA, PLAIN, FLEX, FLEX_TABLE)  # no radial function in 16 bits
 NO_FORCES = (PLAIN, GIVEN)  # which do not know the positions
 FORCES_ONLY = (MATH,)
 
@@ -108,6 +116,8 @@ class Unit:
         if self.mode == "graph":
             return tuple(n for n in names if n != GIVEN)
         left_out = NO_FORCES if self.name == "force_step" else FORCES_ONLY
+        if self.shape.case == "filter":
+            left_out = (*left_out, PLAIN)
         return tuple(n for n in names if n not in left_out)
 
     def columns(self) -> dict[str, str]:
@@ -179,10 +189,13 @@ def plan(
     both = [name for name in passes if name != "force_step"]
     units = [
         *of(first, "core"),
+        *of(first if device == "cuda" else (), "kernels"),
         *of([sizes.filter], "filter", only=both),
+        *of([sizes.filter] if device == "cuda" else (), "kernels", only=both),
         *of(issue, "one molecule", only=both),
         *of(growth, "one molecule", only=[n for n in both if n == "backward+table"]),
         *of(then, "core"),
+        *of(then if device == "cuda" else (), "kernels"),
         *of([*first, *then], "plain"),
         *of(issue, "flex", only=both),
         *of([sizes.filter], "compiled", only=both),
@@ -207,6 +220,8 @@ def make_problem(shape: Shape, dtype: str, settings: Settings) -> Problem:
 
 def make_way(problem: Any, function: str, name: str, backend: str) -> Way:
     """A way by its name, for one pass."""
+    if function == IN_CUDA:
+        return problem.ours("cuda")
     if function in (OURS, BUILT):
         make = problem.ours if function == OURS else problem.ours_building_the_table
         return make(backend)
@@ -435,7 +450,7 @@ class Run:
     ) -> None:
         print(f"  {function}: {reason}", flush=True)
         self._add(unit, {function: {"reason": reason}})
-        if function in (OURS, BUILT):
+        if function in (OURS, BUILT, IN_CUDA):
             self.wrong.append(f"{', '.join(unit.columns().values())}: {function}: {reason}")
         if error is not None:
             self._stop_if_broken(error)

@@ -27,7 +27,7 @@ struct Backward {
   using Call = BackwardCall;
   using T = typename Score::Feature;
   using F = typename Score::F;
-  static constexpr int kMaxThreads = 32 * kMaxWarps, kMinBlocks = 1;
+  static constexpr int kMaxThreads = 32 * kMaxWarps, kMinBlocks = Score::kIsNarrow ? 3 : 1;
   static constexpr int kColumns = Score::kColumns, kTiles = Score::kTiles;
 
   struct Memory {
@@ -43,13 +43,14 @@ struct Backward {
   static GEOT_INLINE Memory take(Carver& carver, const Call& call) {
     const int64_t head_dim = call.in.head_dim;
     const int rows = kWarpRows * call.plan.warps, columns = is_whole(call) ? rows : kColumns;
+    const int tile = columns < kColumns ? columns : kColumns;
     Memory memory{};
     memory.score = Score::take(carver, call.in, call.plan, false, has_sums(call.sums), columns, 2);
     memory.own1 = Tile<T>::take(carver, rows, head_dim);
     memory.own2 = Tile<T>::take(carver, rows, head_dim);
-    memory.other1 = Tile<T>::take(carver, kColumns, head_dim);
-    memory.other2 = Tile<T>::take(carver, kColumns, head_dim);
-    memory.others = carver.take<Atom<F>>(rows > kColumns ? rows : kColumns);
+    memory.other1 = Tile<T>::take(carver, tile, head_dim);
+    memory.other2 = Tile<T>::take(carver, tile, head_dim);
+    memory.others = carver.take<Atom<F>>(columns);
     if (kByKeys) memory.numbers = carver.take<RowNumbers<F>>(kColumns);
     memory.p = Matrix<F>::take(carver, rows, columns);
     memory.e = Matrix<F>::take(carver, rows, columns);
@@ -115,9 +116,11 @@ struct Backward {
       const PairAt<F> pair_at{in, atoms, others};
       const View<F> p = memory.p.rows(at), e = memory.e.rows(at), b = memory.b.rows(at);
       const typename Score::Side side = score.by_rows(at);
-      score.template scores<true>(p, b, side, own1, memory.other1, columns, pair_at);
-      products<T, F, kTiles>(own2, memory.other2, columns, head_dim,
-                             [&](int i, int j, F product) { e(i, j) = product; });
+      if (step < tiles || !is_whole(call)) {  // or the matrices still have S and A
+        score.template scores<true>(p, b, side, own1, memory.other1, columns, pair_at);
+        products<T, F, kTiles>(own2, memory.other2, columns, head_dim,
+                               [&](int i, int j, F product) { e(i, j) = product; });
+      }
       if (!kByKeys && !in.is_linear && step < tiles) {
         for_each_pair_in_turn<F>(columns, [&](int half, int i, int j) {
           if (others[j].is_real()) {

@@ -18,6 +18,7 @@ class Filter {
   using Feature = T;
   using F = T;
   static constexpr int kTiles = 4, kColumns = 8 * kTiles;
+  static constexpr bool kIsNarrow = false;
 
   struct Memory {
     SumMemory<F> sums;

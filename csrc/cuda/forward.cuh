@@ -14,7 +14,7 @@ struct Forward {
   using Call = ForwardCall;
   using T = typename Score::Feature;
   using F = typename Score::F;
-  static constexpr int kMaxThreads = 32 * kMaxWarps, kMinBlocks = 1;
+  static constexpr int kMaxThreads = 32 * kMaxWarps, kMinBlocks = Score::kIsNarrow ? 4 : 1;
   static constexpr int kColumns = Score::kColumns, kTiles = Score::kTiles;
 
   struct Memory {
@@ -25,14 +25,16 @@ struct Forward {
     int* reach;
   };
   static GEOT_INLINE Memory take(Carver& carver, const Call& call) {
-    const int64_t rows = kWarpRows * call.plan.warps, head_dim = call.in.head_dim;
+    const int rows = kWarpRows * call.plan.warps;
+    const int columns = call.plan.row_tiles <= 1 && rows < kColumns ? rows : kColumns;
+    const int64_t head_dim = call.in.head_dim;
     Memory memory;
-    memory.score = Score::take(carver, call.in, call.plan, false, false, kColumns, 1);
+    memory.score = Score::take(carver, call.in, call.plan, false, false, columns, 1);
     memory.q = Tile<T>::take(carver, rows, head_dim);
-    memory.k = Tile<T>::take(carver, kColumns, head_dim);
-    memory.v = Tile<T>::take(carver, kColumns, head_dim);
-    memory.p = Matrix<F>::take(carver, int(rows), kColumns);
-    memory.others = carver.take<Atom<F>>(kColumns);
+    memory.k = Tile<T>::take(carver, columns, head_dim);
+    memory.v = Tile<T>::take(carver, columns, head_dim);
+    memory.p = Matrix<F>::take(carver, rows, columns);
+    memory.others = carver.take<Atom<F>>(columns);
     memory.reach = carver.take<int>(kMaxWarps);
     return memory;
   }

@@ -37,6 +37,7 @@ struct SecondBackward {
   static GEOT_INLINE Memory take(Carver& carver, const Call& call) {
     const int64_t head_dim = call.in.head_dim;
     const int rows = kWarpRows * call.plan.warps, columns = is_whole(call) ? rows : kColumns;
+    const int tile_rows = columns < kColumns ? columns : kColumns;
     const auto tile = [&](bool is_there, int count) {
       return is_there ? Tile<F>::take(carver, count, head_dim) : Tile<F>{};
     };
@@ -49,13 +50,12 @@ struct SecondBackward {
     memory.own2 = tile(true, rows);
     memory.own1_dot = tile(kByKeys ? k_dot : q_dot, rows);
     memory.own2_dot = tile(kByKeys && v_dot, rows);
-    memory.other1 = tile(true, kColumns);
-    memory.other2 = tile(true, kColumns);
-    memory.other1_dot = tile(kByKeys ? q_dot : k_dot, kColumns);
-    memory.other2_dot = tile(!kByKeys && v_dot, kColumns);
-    const int atoms = rows > kColumns ? rows : kColumns;
-    memory.others = carver.take<Atom<F>>(atoms);
-    if (call.x_dot != nullptr) memory.x_dots = carver.take<Vector3<F>>(atoms);
+    memory.other1 = tile(true, tile_rows);
+    memory.other2 = tile(true, tile_rows);
+    memory.other1_dot = tile(kByKeys ? q_dot : k_dot, tile_rows);
+    memory.other2_dot = tile(!kByKeys && v_dot, tile_rows);
+    memory.others = carver.take<Atom<F>>(columns);
+    if (call.x_dot != nullptr) memory.x_dots = carver.take<Vector3<F>>(columns);
     if (kByKeys) memory.numbers = carver.take<RowNumbers<F>>(kColumns);
     memory.p = Matrix<F>::take(carver, rows, columns);
     memory.p_dot = Matrix<F>::take(carver, rows, columns);
@@ -157,19 +157,22 @@ struct SecondBackward {
       const View<F> p = memory.p.rows(at), p_dot = memory.p_dot.rows(at), e = memory.e.rows(at),
                     s_bar = memory.s_bar.rows(at);
       const typename Score::Side side = score.by_rows(at);
-      score.scores_and_tangents(p, p_dot, side, own1, own1_dot, memory.other1, memory.other1_dot,
-                                columns, pair_at, tangent_at);
-      products<F, F, kTiles>(own2, memory.other2, columns, head_dim, [&](int i, int j, F product) {
-        e(i, j) = product;
-        s_bar(i, j) = 0;
-      });
-      const auto add_a_dot = [&](const Tile<F>& left, const Tile<F>& right) {
-        if (left.data == nullptr || right.data == nullptr) return;
-        products<F, F, kTiles>(left, right, columns, head_dim,
-                               [&](int i, int j, F product) { s_bar(i, j) += product; });
-      };
-      add_a_dot(own2_dot, memory.other2);
-      add_a_dot(own2, memory.other2_dot);
+      if (step < tiles || !is_whole(call)) {  // or the matrices still have S, Ṡ, A and Ȧ
+        score.scores_and_tangents(p, p_dot, side, own1, own1_dot, memory.other1, memory.other1_dot,
+                                  columns, pair_at, tangent_at);
+        products<F, F, kTiles>(own2, memory.other2, columns, head_dim,
+                               [&](int i, int j, F product) {
+                                 e(i, j) = product;
+                                 s_bar(i, j) = 0;
+                               });
+        const auto add_a_dot = [&](const Tile<F>& left, const Tile<F>& right) {
+          if (left.data == nullptr || right.data == nullptr) return;
+          products<F, F, kTiles>(left, right, columns, head_dim,
+                                 [&](int i, int j, F product) { s_bar(i, j) += product; });
+        };
+        add_a_dot(own2_dot, memory.other2);
+        add_a_dot(own2, memory.other2_dot);
+      }
       if (!kByKeys && !in.is_linear && step < tiles) {
         for_each_pair_in_turn<F>(columns, [&](int half, int i, int j) {
           if (!others[j].is_real()) return;
