@@ -165,14 +165,11 @@ struct Backward {
     const F scales[2] = {F(in.scale), F(in.scale)}, ones[2] = {1, 1};
     const HeadRows<T> d_own = work.features<T>(kByKeys ? call.dk : call.dq, m);
     if (d_own) sum1.store(d_own, own_first, m.count, m.real, scales);
-    if (is_whole(call)) {
-      finish_whole(call, work, memory, score, m, atoms, sum1, sum2, force_on);
-      const HeadRows<T> dk = work.features<T>(call.dk, m);
-      if (dk) sum1.store(dk, own_first, m.count, m.real, scales);
-    }
-    const HeadRows<T> dv = work.features<T>(call.dv, m);
-    if (dv && (kByKeys || is_whole(call))) {
-      sum2.store(dv, own_first, m.count, m.real, ones);
+    if (kByKeys) {
+      const HeadRows<T> dv = work.features<T>(call.dv, m);
+      if (dv) sum2.store(dv, own_first, m.count, m.real, ones);
+    } else if (is_whole(call)) {
+      finish_whole(call, work, memory, score, m, own_first, atoms, sum1, force_on);
     }
     finish_rows(call, work, m, own_first, numbers, force_on);
   }
@@ -201,31 +198,43 @@ struct Backward {
     }
   }
 
-  // The sweep by keys of a molecule whose P, E and m b the block has.
+  // The sweep by keys of a molecule whose P, E and m b the block has: one sum after the other.
   static GEOT_DEVICE void finish_whole(const Call& call, const Work& work, const Memory& memory,
-                                       const Score& score, const Molecule& m,
-                                       const Atom<F> (&atoms)[2], typename Score::RowSum& sum1,
-                                       typename Score::RowSum& sum2, Vector3<F> (&force_on)[2]) {
-    const int first = warp() * kWarpRows;
-    sum1.clear();
-    GEOT_SYNC_BLOCK();  // who writes P, E and m b
-    for (int i0 = 0; i0 < m.real.last; i0 += kColumns) {
-      const int columns = m.real.last - i0 < kColumns ? m.real.last - i0 : kColumns;
-      const PairAt<F> pair_at{call.in, atoms, memory.others + i0};
-      if (call.dv.data != nullptr) {
-        sum2.add(memory.p.columns(i0), memory.own2.from(i0), columns);
+                                       const Score& score, const Molecule& m, int own_first,
+                                       const Atom<F> (&atoms)[2], typename Score::RowSum& sum,
+                                       Vector3<F> (&force_on)[2]) {
+    const F scales[2] = {F(call.in.scale), F(call.in.scale)}, ones[2] = {1, 1};
+    const HeadRows<T> dk = work.features<T>(call.dk, m), dv = work.features<T>(call.dv, m);
+    const auto for_each_tile = [&](const auto& body) {
+      for (int i0 = 0; i0 < m.real.last; i0 += kColumns) {
+        const int columns = m.real.last - i0 < kColumns ? m.real.last - i0 : kColumns;
+        body(i0, columns, PairAt<F>{call.in, atoms, memory.others + i0});
       }
-      if (call.dk.data != nullptr) {
-        score.pull(sum1, memory.e.columns(i0), {}, score.by_columns(i0), memory.own1,
+    };
+    GEOT_SYNC_BLOCK();  // who writes P, E and m b
+    if (dv) {
+      sum.clear();
+      for_each_tile([&](int i0, int columns, const PairAt<F>&) {
+        sum.add(memory.p.columns(i0), memory.own2.from(i0), columns);
+      });
+      sum.store(dv, own_first, m.count, m.real, ones);
+    }
+    if (dk) {
+      sum.clear();
+      for_each_tile([&](int i0, int columns, const PairAt<F>& pair_at) {
+        score.pull(sum, memory.e.columns(i0), {}, score.by_columns(i0), memory.own1,
                    memory.own1.from(i0), columns, pair_at, false, false,
                    [](int, int, int, const PairOfAtoms<F>&, F) {});
-      }
-      if (call.d_positions != nullptr) {
+      });
+      sum.store(dk, own_first, m.count, m.real, scales);
+    }
+    if (call.d_positions != nullptr) {
+      for_each_tile([&](int i0, int columns, const PairAt<F>& pair_at) {
         const View<F> b = memory.b.columns(i0);
         for_each_pair_in_turn<F>(columns, [&](int half, int j, int i) {
           force_on[half] = force_on[half] + force(b(j, i), pair_at(half, i).u());
         });
-      }
+      });
     }
   }
 

@@ -1,2 +1,2 @@
 #define GEOT_TYPE BFloat16
-#include "backward.inc"
+#include "launch_backward.cuh"

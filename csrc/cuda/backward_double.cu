@@ -1,2 +1,2 @@
 #define GEOT_TYPE double
-#include "backward.inc"
+#include "launch_backward.cuh"

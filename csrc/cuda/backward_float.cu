@@ -1,2 +1,2 @@
 #define GEOT_TYPE float
-#include "backward.inc"
+#include "launch_backward.cuh"

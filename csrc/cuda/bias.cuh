@@ -16,7 +16,8 @@ class Bias {
   using Feature = T;
   using F = Compute<T>;
   static constexpr int kTiles = kTilesOf, kColumns = 8 * kTiles;
-  static constexpr bool kIsNarrow = sizeof(F) == 4 && kWidth > 0 && kWidth <= 32;  // spares registers
+  static constexpr bool kIsNarrow =
+      sizeof(F) == 4 && kWidth > 0 && kWidth <= 32;  // spares registers
 
   struct Memory {
     RadialMemory<F> radial;

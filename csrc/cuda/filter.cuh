@@ -17,7 +17,7 @@ class Filter {
  public:
   using Feature = T;
   using F = T;
-  static constexpr int kTiles = 4, kColumns = 8 * kTiles;
+  static constexpr int kTiles = sizeof(F) == 8 ? 2 : 4, kColumns = 8 * kTiles;
   static constexpr bool kIsNarrow = false;
 
   struct Memory {

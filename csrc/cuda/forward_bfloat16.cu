@@ -1,2 +1,2 @@
 #define GEOT_TYPE BFloat16
-#include "forward.inc"
+#include "launch_forward.cuh"

@@ -1,2 +1,2 @@
 #define GEOT_TYPE double
-#include "forward.inc"
+#include "launch_forward.cuh"

@@ -1,2 +1,2 @@
 #define GEOT_TYPE float
-#include "forward.inc"
+#include "launch_forward.cuh"

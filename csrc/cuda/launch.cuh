@@ -23,8 +23,8 @@ const char* launch_planned(typename Kernel::Call& call, Where where) {
        warps > 0; warps /= 2) {
     const int64_t rows = kWarpRows * warps, row_tiles = (in.num_atoms + rows - 1) / rows;
     for (int choice = row_tiles <= 1 ? 0 : 1; choice < 4; ++choice) {
-      const bool is_whole = choice == 0, shares_table = choice <= 2, shares_sums = choice <= 1;
-      call.plan = {warps, row_tiles, blocks, is_whole, shares_table, shares_sums};
+      const bool is_whole = choice == 0;
+      call.plan = {warps, row_tiles, blocks, is_whole, choice <= 2, choice <= 1};
       Carver carver(reinterpret_cast<char*>(16));  // for the size alone
       Kernel::take(carver, call);
       if (carver.used() <= (is_whole ? limit / 2 : limit)) {

@@ -175,7 +175,7 @@ class SharedSum {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       F* row = sum_.row(row_of(2 * half));
-      for (int c = lane() % 4; c < head_dim_ + 3; c += 4) body(row[c], half);
+      for (int c = lane() % 4; c < round_up(head_dim_, 4); c += 4) body(row[c], half);
     }
   }
 

@@ -220,7 +220,7 @@ struct SecondBackward {
             // What `second_force` is made of.
             const F of_u = pair.m * b_bar + tangent.m_dot * e_dot, of_x_dot = pair.m * e_dot;
             add_force(force_on[half], of_u, of_x_dot, pair, tangent);
-            if (along.data != nullptr) {
+            if (memory.along.data != nullptr) {
               along(i, j) = of_u;
               across(i, j) = of_x_dot;
             }

@@ -1,2 +1,2 @@
 #define GEOT_TYPE float
-#include "second_backward.inc"
+#include "launch_second_backward.cuh"

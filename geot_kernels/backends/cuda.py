@@ -115,7 +115,7 @@ def attention_bwd_bwd(
     dots += [_contiguous(x) for x in tangent[3:]]
     results = _Results(call, needs[2:])
     grad_d_out = torch.empty_like(d_out) if needs[0] else None
-    grad_d_row = torch.empty_like(row) if needs[1] else None
+    grad_d_row = call.empty(*row.shape) if needs[1] else None
     quantum = None
     if results.needs_bounds:
         radial = _radial_bounds(inputs, tangent.radial, tangent.affine)
@@ -285,13 +285,9 @@ def _radial_bounds(inputs: Inputs, radial_dot: Tensor | None, affine_dot: Tensor
     f_dot = f1_dot = none
     if radial.ndim == 4:
         per_h = (radial.shape[1] - 1) / (inputs.r_max - inputs.r_min)
-        # |w_0|, |w_1| <= 4/27 of the value, 1 of the slope, 4 of the curvature, by t;
-        # |w_y| <= 3/2 and 6; |y_1 - y_0| <= 2 |y|.
-        y, s = radial.double().abs().amax((0, 1, 3))
-        f, f1, f2 = y + s, per_h * (3 * y + 2 * s), per_h**2 * (12 * y + 8 * s)
+        f, f1, f2 = _table_bounds(radial, per_h)
         if radial_dot is not None:
-            y, s = radial_dot.double().abs().amax((0, 1, 3))
-            f_dot, f1_dot = y + s, per_h * (3 * y + 2 * s)
+            f_dot, f1_dot, _ = _table_bounds(radial_dot, per_h)
     else:
         gamma, w = radial[1].double().abs(), radial[2:].double().abs()
         f = w.sum(1).max()
@@ -300,3 +296,15 @@ def _radial_bounds(inputs: Inputs, radial_dot: Tensor | None, affine_dot: Tensor
     m = none + 1 if affine is None else affine[:, 0].double().abs().amax()
     m_dot, c_dot = (none, none) if affine_dot is None else affine_dot.double().abs().amax(0)
     return torch.stack((f, f1, f2, f_dot, f1_dot, m, m_dot, c_dot))
+
+
+def _table_bounds(knots: Tensor, per_h: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds of `|f|, |f'|, |f''|` of a table: Bernstein's coefficients enclose a cubic."""
+    y0, y1 = knots[:, :-1, 0].double(), knots[:, 1:, 0].double()
+    s0, s1 = knots[:, :-1, 1].double(), knots[:, 1:, 1].double()
+    rise = y1 - y0
+    f = (y0, y1, y0 + s0 / 3, y1 - s1 / 3)
+    f1 = (s0, s1, 3 * rise - s0 - s1)
+    f2 = (6 * rise - 4 * s0 - 2 * s1, 2 * s0 + 4 * s1 - 6 * rise)
+    largest = [torch.stack([x.abs().amax() for x in numbers]).amax() for numbers in (f, f1, f2)]
+    return largest[0], largest[1] * per_h, largest[2] * per_h**2

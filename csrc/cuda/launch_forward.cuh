@@ -1,4 +1,4 @@
-// The forward pass of features GEOT_TYPE: compiled in a file of its own for each of them.
+// The forward pass of features GEOT_TYPE: a .cu file for each type compiles this.
 #include "forward.cuh"
 #include "launch.cuh"
 

@@ -1,4 +1,4 @@
-// The first backward pass of features GEOT_TYPE: compiled in a file of its own for each of them.
+// The first backward pass of features GEOT_TYPE: a .cu file for each type compiles this.
 #include "backward.cuh"
 #include "launch.cuh"
 

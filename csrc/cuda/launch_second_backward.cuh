@@ -1,4 +1,5 @@
-// The second backward pass of features GEOT_TYPE, float or double: compiled in a file for each.
+// The second backward pass of features GEOT_TYPE, float or double: a .cu file for each compiles
+// this.
 #include "launch.cuh"
 #include "second_backward.cuh"
 
