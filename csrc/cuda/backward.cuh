@@ -36,6 +36,7 @@ struct Backward {
     Atom<F>* others;
     RowNumbers<F>* numbers;
     Matrix<F> p, e, b;  // at first S, A and f', in their place P, E and m dL/dz
+    unsigned* affine;
     int* reach;
   };
   // Whether the sweep by rows does all there is to do for a molecule.
@@ -55,6 +56,7 @@ struct Backward {
     memory.p = Matrix<F>::take(carver, rows, columns);
     memory.e = Matrix<F>::take(carver, rows, columns);
     memory.b = Matrix<F>::take(carver, rows, columns);
+    memory.affine = AffineSums<F>::take(carver, call.in, call.sums);
     memory.reach = carver.take<int>(kMaxWarps);
     return memory;
   }
@@ -64,17 +66,23 @@ struct Backward {
     Carver carver(shared);
     const Memory memory = take(carver, call);
     const Score score(work, memory.score, nullptr, &call.sums);
+    const AffineSums<F> affine(call.in, call.sums, memory.affine);
     for (int64_t item = work.first_item(); item < work.num_items(); item += call.plan.chunks) {
       const Molecule m = work.molecule(item, memory.reach);
       const int first = work.first_row(item);
-      if (first < m.count) sweep(call, work, memory, score, m, first);
+      if (first < m.count) sweep(call, work, memory, score, affine, m, first);
     }
-    if (has_sums(call.sums)) score.finish(work, call.sums);
+    if (has_sums(call.sums) || affine) {
+      GEOT_SYNC_BLOCK();  // who adds to them
+      if (has_sums(call.sums)) score.finish(work, call.sums);
+      affine.finish();
+    }
   }
 
  private:
   static GEOT_DEVICE void sweep(const Call& call, const Work& work, const Memory& memory,
-                                const Score& score, const Molecule& m, int first) {
+                                const Score& score, const AffineSums<F>& affine, const Molecule& m,
+                                int first) {
     const Inputs& in = call.in;
     const int head_dim = int(in.head_dim), last = m.real.last;
     const int own_first = first + warp() * kWarpRows;
@@ -82,7 +90,6 @@ struct Backward {
     const Tile<T> own2 = memory.own2.from(warp() * kWarpRows);
     const bool needs_b = call.d_positions != nullptr || call.sums.affine != nullptr;
     const bool needs_radial = score.sums_gradient();
-    const AffineSums<F> affine(call.sums);
     const Atom<F> atoms[2] = {load_atom<F>(in, m, own_first + row_of(0)),
                               load_atom<F>(in, m, own_first + row_of(2))};
     RowNumbers<F> numbers[2];

@@ -25,41 +25,19 @@ struct Norms {
   static GEOT_DEVICE void run(const Call& call, char*) {
     const Inputs& in = call.in;
     double largest[kNumNorms] = {};
-    const int64_t step = num_blocks() * num_threads();
-    for (int64_t n = block_index() * num_threads() + thread_index(); n < in.num_rows * in.num_heads;
-         n += step) {
-      const int64_t row = n / in.num_heads, head = n % in.num_heads;
-      if (in.mask != nullptr && !in.mask[row]) continue;
-      const auto add = [&](Norm which, const Rows& rows) {
-        if (rows.data == nullptr) return;
-        const bool is_packed = in.ptr != nullptr;
-        const HeadRows<T> x(rows, is_packed ? 0 : row / in.num_atoms,
-                            is_packed ? row : row % in.num_atoms, head);
-        double norm = 0;
-        for (int64_t c = 0; c < in.head_dim; ++c) {
-          const double number = double(convert<F>(x.data[c]));
-          norm += number * number;
-        }
-        largest[which] = larger(largest[which], norm);
-      };
-      add(kQ, in.q);
-      add(kK, in.k);
-      add(kV, in.v);
-      add(kDOut, call.d_out);
-      add(kQDot, call.q_dot);
-      add(kKDot, call.k_dot);
-      add(kVDot, call.v_dot);
-      if (call.d_row != nullptr) {
-        const double number = double(static_cast<const F*>(call.d_row)[n]);
-        largest[kDRow] = larger(largest[kDRow], number * number);
-      }
-      if (head == 0) {
-        const Vector3<F> x = load_vector<F>(in.positions, row);
-        largest[kX] = larger(largest[kX], double(x.dot(x)));
-        if (call.x_dot != nullptr) {
-          const Vector3<F> x_dot = load_vector<F>(call.x_dot, row);
-          largest[kXDot] = larger(largest[kXDot], double(x_dot.dot(x_dot)));
-        }
+    const int64_t parts = (in.num_atoms + kRows - 1) / kRows;
+    for (int64_t item = block_index(); item < in.num_molecules * parts; item += num_blocks()) {
+      const int64_t b = item / parts, part = item % parts * kRows;
+      const int64_t first = in.ptr != nullptr ? in.ptr[b] : b * in.num_atoms;
+      const int64_t rows = in.ptr != nullptr ? in.ptr[b + 1] - first : in.num_atoms;
+      const bool* mask = in.mask != nullptr ? in.mask + first : nullptr;
+      int64_t origin = 0;  // the first real atom
+      while (mask != nullptr && origin < rows && !mask[origin]) ++origin;
+      const int64_t last = part + kRows < rows ? part + kRows : rows;
+      for (int64_t n = part * in.num_heads + thread_index(); n < last * in.num_heads;
+           n += num_threads()) {
+        const int64_t i = n / in.num_heads, head = n % in.num_heads;
+        if (mask == nullptr || mask[i]) add_row(call, largest, b, first, i, head, origin);
       }
     }
 #pragma unroll
@@ -75,6 +53,47 @@ struct Norms {
         max_global(call.norms + which, norm.bits);  // no norm is negative; NaN is above all
       }
     }
+  }
+
+ private:
+  static constexpr int64_t kRows = 32;  // of a molecule, that a block takes at a time
+
+  static GEOT_DEVICE void add(double& largest, double norm) { largest = larger(largest, norm); }
+  static GEOT_DEVICE void add_row(const Call& call, double (&largest)[kNumNorms], int64_t b,
+                                  int64_t first, int64_t i, int64_t head, int64_t origin) {
+    const Inputs& in = call.in;
+    const auto add_features = [&](Norm which, const Rows& rows) {
+      const HeadRows<T> x(rows, in.ptr != nullptr ? 0 : b, in.ptr != nullptr ? first : 0, head);
+      if (!x) return;
+      double norm = 0;
+      for (int64_t c = 0; c < in.head_dim; ++c) {
+        const double number = double(convert<F>(x.row(i)[c]));
+        norm += number * number;
+      }
+      add(largest[which], norm);
+    };
+    add_features(kQ, in.q);
+    add_features(kK, in.k);
+    add_features(kV, in.v);
+    add_features(kDOut, call.d_out);
+    add_features(kQDot, call.q_dot);
+    add_features(kKDot, call.k_dot);
+    add_features(kVDot, call.v_dot);
+    const auto add_number = [&](Norm which, const void* numbers) {
+      if (numbers == nullptr) return;
+      const double x = double(static_cast<const F*>(numbers)[(first + i) * in.num_heads + head]);
+      add(largest[which], x * x);
+    };
+    add_number(kDRow, call.d_row);
+    add_number(kRow, call.row);
+    const auto add_vector = [&](Norm which, const void* vectors) {
+      if (vectors == nullptr || head != 0) return;
+      const Vector3<F> x =
+          load_vector<F>(vectors, first + i) - load_vector<F>(vectors, first + origin);
+      add(largest[which], double(x.dot(x)));
+    };
+    add_vector(kX, in.positions);
+    add_vector(kXDot, call.x_dot);
   }
 };
 
@@ -93,17 +112,20 @@ struct Quantum {
       } square{call.norms[which]};
       return Math<double>::sqrt(square.number);
     };
-    double f = 0, f1 = 0, f2 = 0, f_dot = 0, f1_dot = 0, m = 1, m_dot = 0, c_dot = 0;
+    double f = 0, f1 = 0, f2 = 0, f_dot = 0, f1_dot = 0, m = 1, m_dot = 0, c_dot = 0,
+           farthest = HUGE_VAL;
     if (call.radial != nullptr) {
       const double* r = static_cast<const double*>(call.radial);
       f = r[0], f1 = r[1], f2 = r[2], f_dot = r[3], f1_dot = r[4];
-      m = r[5], m_dot = r[6], c_dot = r[7];
+      m = r[5], m_dot = r[6], c_dot = r[7], farthest = r[8];
     }
     const double n = double(in.num_atoms), scale = Math<double>::abs(in.scale);
     const double a = norm(kDOut) * norm(kV) + norm(kDRow), qk = scale * norm(kQ) * norm(kK);
     const double e = in.is_linear ? a * n : 2 * a;   // Σ_j |E_ij| of a row
     const double total = in.is_filter ? e * qk : e;  // Σ_j Σ_c |g_ij,c|
-    const double dist = 2 * norm(kX), reach = dist > 1 ? dist : 1;
+    double dist = 2 * norm(kX);
+    dist = dist < farthest ? dist : farthest;
+    const double reach = dist > 1 ? dist : 1;
     double knots = total, affine = total * f1 * reach;
     if (call.is_second) {
       const double d_dot = 2 * norm(kXDot), z_dot = m * d_dot + m_dot * dist + c_dot;
@@ -119,7 +141,7 @@ struct Quantum {
       affine = b_bar * reach + total * f1 * d_dot;
     }
     // What is not a number anywhere is not a number here, also where the bound has no need of it.
-    const double others = 0 * (norm(kQ) + norm(kK) + norm(kX));
+    const double others = 0 * (norm(kQ) + norm(kK) + norm(kX) + norm(kRow));
     const double rows = double(in.num_rows);
     store(call.quantum, knots * rows + others);
     store(call.quantum + 2, affine * rows * double(in.num_heads) + others);

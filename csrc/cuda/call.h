@@ -9,7 +9,8 @@ namespace geot::cuda {
 
 enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
-// A tensor [B, N, H, D] of any strides but the last, which is 1. Packed rows [T, H, D] are B = 1.
+// A tensor [B, N, H, D] of any strides but the last, which is 1; results are contiguous. Packed
+// rows [T, H, D] are B = 1.
 struct Rows {
   void* data;
   int64_t stride_b, stride_n, stride_h;
@@ -87,14 +88,17 @@ struct SecondBackwardCall {
   Sums sums;
 };
 
-// The largest squared norms of rows, as the bits of doubles, in the order of `Norm`.
-enum Norm { kQ, kK, kV, kDOut, kDRow, kQDot, kKDot, kVDot, kX, kXDot, kNumNorms };
+// The largest squared norms of rows, as the bits of doubles, in the order of `Norm`. Of positions
+// and their tangents, those relative to the first atom of a molecule.
+enum Norm { kQ, kK, kV, kDOut, kDRow, kRow, kQDot, kKDot, kVDot, kX, kXDot, kNumNorms };
 struct BoundsCall {
   Inputs in;
   Rows d_out, q_dot, k_dot, v_dot;  // contiguous; those after d_out may be absent
   const void *d_row, *x_dot;
+  const void* row;            // L; softmax only
   unsigned long long* norms;  // zeros at first
-  const void* radial;         // bounds of |f|, |f'|, |f''|, |ḟ|, |ḟ'|, |m|, |ṁ|, |ċ|; or null
+  const void* radial;  // bounds of |f|, |f'|, |f''|, |ḟ|, |ḟ'|, |m|, |ṁ|, |ċ|, and of d where
+                       // f' is not 0; or null
   bool is_second;
   double* quantum;
 };

@@ -139,7 +139,7 @@ struct Matrix {
 // numbers are in a View, where each belongs to this lane.
 template <class F, class Body>
 GEOT_DEVICE void for_each_pair_in_turn(int columns, const Body& body) {
-  constexpr int kSideBySide = sizeof(F) == 8 ? 1 : 2;  // or registers run out
+  [[maybe_unused]] constexpr int kSideBySide = sizeof(F) == 8 ? 1 : 2;  // or registers run out
 #pragma unroll 1
   for (int n = 0; 8 * n < columns; ++n) {
 #pragma unroll kSideBySide

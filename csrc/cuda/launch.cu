@@ -7,11 +7,10 @@ namespace {
 
 template <class T>
 const char* bounds_of(const BoundsCall& call, Where where) {
-  constexpr int kThreads = Norms<T>::kMaxThreads;
-  const int64_t most = (call.in.num_rows * call.in.num_heads + kThreads - 1) / kThreads;
-  const int64_t wanted = kBlocksOfMultiprocessor * multiprocessors(where.device);
+  const int64_t most = kBlocksOfMultiprocessor * multiprocessors(where.device) + 1;
+  const int64_t wanted = call.in.num_molecules * ((call.in.num_atoms + 31) / 32);
   const char* error =
-      launch<Norms<T>>(most < wanted ? most : wanted, kThreads, 0, where.stream, call);
+      launch<Norms<T>>(most < wanted ? most : wanted, Norms<T>::kMaxThreads, 0, where.stream, call);
   if (error != nullptr) return error;
   return launch<Quantum<Compute<T>>>(1, 32, 0, where.stream, call);
 }

@@ -1,8 +1,8 @@
 // The three passes as operators geot_cuda::*, through libtorch's stable ABI: from tensors to what
 // the launchers take. Results are written into tensors that the caller has made.
 //
-// Arguments have been checked. Features, out and their like have channels side by side, in any
-// other strides; all else is contiguous. The stream is an argument: libtorch's way to ask for it
+// Arguments have been checked. Features have channels side by side, in any other strides; all else
+// is contiguous. The stream is an argument: libtorch's way to ask for it
 // would keep the library from loading beside a torch without CUDA.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -164,8 +164,9 @@ int64_t attention_bwd_bwd(GEOT_INPUTS, const OptionalTensor& q_dot, const Option
 
 void bounds(GEOT_INPUTS, const Tensor& d_out, const OptionalTensor& d_row,
             const OptionalTensor& q_dot, const OptionalTensor& k_dot, const OptionalTensor& v_dot,
-            const OptionalTensor& x_dot, const OptionalTensor& radial_bounds, bool is_second,
-            const Tensor& norms, const Tensor& quantum, int64_t device, int64_t stream) {
+            const OptionalTensor& x_dot, const Tensor& row, const OptionalTensor& radial_bounds,
+            bool is_second, const Tensor& norms, const Tensor& quantum, int64_t device,
+            int64_t stream) {
   BoundsCall call{};
   call.in = inputs_of(GEOT_INPUT_NAMES);
   call.d_out = rows_of(d_out);
@@ -174,6 +175,7 @@ void bounds(GEOT_INPUTS, const Tensor& d_out, const OptionalTensor& d_row,
   call.v_dot = rows_of(v_dot);
   call.d_row = data_of(d_row);
   call.x_dot = data_of(x_dot);
+  call.row = is_linear ? nullptr : row.data_ptr();
   call.norms = static_cast<unsigned long long*>(norms.data_ptr());
   call.radial = data_of<const double>(radial_bounds);
   call.is_second = is_second;
@@ -206,7 +208,8 @@ STABLE_TORCH_LIBRARY(GEOT_CUDA_OPERATORS, m) {
         "-> int");
   m.def("bounds(" GEOT_INPUT_SCHEMA
         "Tensor d_out, Tensor? d_row, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, Tensor? x_dot, "
-        "Tensor? radial_bounds, bool is_second, Tensor(a!) norms, Tensor(b!) quantum, int device, "
+        "Tensor row, Tensor? radial_bounds, bool is_second, Tensor(a!) norms, Tensor(b!) quantum, "
+        "int device, "
         "int stream) -> ()");
   m.def("chunks(int num_molecules, int max_atoms, int num_heads, int device) -> int");
 }

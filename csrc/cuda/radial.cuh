@@ -87,7 +87,9 @@ struct RadialMemory {
       memory.table = carver.take<F>(2 * knots);
       if (has_dot) memory.table_dot = carver.take<F>(2 * knots);
     }
-    if (plan.shares_sums && k == 0 && has_sums) memory.sums = carver.take<unsigned>(4 * knots);
+    if (plan.shares_sums && k == 0 && has_sums) {
+      memory.sums = IntegerSums<F>::take(carver, knots);
+    }
     return memory;
   }
 };
@@ -169,7 +171,7 @@ class HeadRadial {
     const Place<F> place = this->place(pair);
     Knots<F> knots{};
     pull_value(knots, weights_of_value(place.t), g);
-    sums_.add(place.knot, knots);
+    add(place.knot, knots);
   }
   // Adds Σ g φ, Σ g e φ, Σ g e² φ with e = z - μ, of the pairs of a warp, to those of Gaussians.
   template <class PairAt>
@@ -197,12 +199,11 @@ class HeadRadial {
     Knots<F> knots{};
     pull_value(knots, weights_of_value(place.t), g_bar);
     pull_derivative(knots, weights_of_slope(place.t), g_z_dot * place.per_h);
-    sums_.add(place.knot, knots);
+    add(place.knot, knots);
   }
 
-  // All threads of the block, at its end.
+  // All threads of the block, after a barrier at its end.
   GEOT_DEVICE void finish(const Work& work, const Sums& sums) const {
-    GEOT_SYNC_BLOCK();
     if (sums_) sums_.flush();
     if (moments_ == nullptr) return;
     F* to = static_cast<F*>(sums.moments) +
@@ -215,6 +216,10 @@ class HeadRadial {
   }
 
  private:
+  GEOT_DEVICE void add(int knot, const Knots<F>& k) const {
+    sums_.add(knot, k.y0, k.s0);
+    sums_.add(knot + 1, k.y1, k.s1);
+  }
   static GEOT_DEVICE HeadTable<F> load(F* shared, const F* global, int64_t knots, int64_t stride) {
     for (int64_t n = thread_index(); shared != nullptr && n < 2 * knots; n += num_threads()) {
       shared[n] = global[n * stride];
@@ -230,7 +235,7 @@ class HeadRadial {
   bool is_plain_;
   F *gaussians_, *moments_;
   HeadTable<F> table_{}, table_dot_{};
-  KnotSums<F> sums_;
+  IntegerSums<F> sums_;
 };
 
 }  // namespace geot::cuda

@@ -30,6 +30,7 @@ struct SecondBackward {
     RowNumbers<F>* numbers;
     Matrix<F> p, p_dot, e, s_bar;  // at first S, Ṡ, A and Ȧ
     Matrix<F> along, across;       // of whole molecules: m b̄ + ṁ ẽ and m ẽ
+    unsigned* affine;
     int* reach;
   };
   // Whether the sweep by rows does all there is to do for a molecule.
@@ -65,6 +66,7 @@ struct SecondBackward {
       memory.along = Matrix<F>::take(carver, rows, columns);
       memory.across = Matrix<F>::take(carver, rows, columns);
     }
+    memory.affine = AffineSums<F>::take(carver, call.in, call.sums);
     memory.reach = carver.take<int>(kMaxWarps);
     return memory;
   }
@@ -74,12 +76,17 @@ struct SecondBackward {
     Carver carver(shared);
     const Memory memory = take(carver, call);
     const Score score(work, memory.score, call.radial_dot, &call.sums);
+    const AffineSums<F> affine(call.in, call.sums, memory.affine);
     for (int64_t item = work.first_item(); item < work.num_items(); item += call.plan.chunks) {
       const Molecule m = work.molecule(item, memory.reach);
       const int first = work.first_row(item);
-      if (first < m.count) sweep(call, work, memory, score, m, first);
+      if (first < m.count) sweep(call, work, memory, score, affine, m, first);
     }
-    if (has_sums(call.sums)) score.finish(work, call.sums);
+    if (has_sums(call.sums) || affine) {
+      GEOT_SYNC_BLOCK();  // who adds to them
+      if (has_sums(call.sums)) score.finish(work, call.sums);
+      affine.finish();
+    }
   }
 
  private:
@@ -114,7 +121,8 @@ struct SecondBackward {
   }
 
   static GEOT_DEVICE void sweep(const Call& call, const Work& work, const Memory& memory,
-                                const Score& score, const Molecule& m, int first) {
+                                const Score& score, const AffineSums<F>& affine, const Molecule& m,
+                                int first) {
     const Inputs& in = call.in;
     const int head_dim = int(in.head_dim), last = m.real.last;
     const int own_first = first + warp() * kWarpRows;
@@ -125,7 +133,6 @@ struct SecondBackward {
                   own1_dot = own_part(memory.own1_dot), own2_dot = own_part(memory.own2_dot);
     const bool needs_b = call.grad_positions != nullptr || call.sums.affine != nullptr;
     const bool needs_radial = score.sums_gradient();
-    const AffineSums<F> affine(call.sums);
     Own own;
     RowNumbers<F> numbers[2];
 #pragma unroll
@@ -331,7 +338,6 @@ struct SecondBackward {
                                        const Molecule& m, const Own& own,
                                        typename Score::RowSum& sum1, typename Score::RowSum& sum2,
                                        Vector3<F> (&force_on)[2]) {
-    const int first = warp() * kWarpRows;
     sum1.clear();
     sum2.clear();
     GEOT_SYNC_BLOCK();  // who writes the matrices

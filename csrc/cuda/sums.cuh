@@ -21,36 +21,36 @@ GEOT_INLINE bool has_sums(const Sums& sums) {
   return sums.knots != nullptr || sums.moments != nullptr;
 }
 
-// The sums of one head's knots [P num_knots, 2], in shared memory, or in global right away.
+// Pairs of sums, in shared memory first, or in global memory right away: of one head's knots
+// [P num_knots, 2], or of the affine map [P', 2].
 template <class F>
-class KnotSums {
+class IntegerSums {
  public:
-  // `shared`: 4 words for each knot, or null.
-  GEOT_DEVICE void begin(unsigned* shared, unsigned long long* global, int64_t num_knots,
+  static GEOT_INLINE unsigned* take(Carver& carver, int64_t num_pairs) {
+    return carver.take<unsigned>(4 * num_pairs);
+  }
+  // `shared`: null where sums have no place there; `global`: null where there are no sums.
+  GEOT_DEVICE void begin(unsigned* shared, unsigned long long* global, int64_t num_pairs,
                          int64_t stride, F per_quantum) {
     shared_ = shared;
     global_ = global;
-    num_knots_ = num_knots;
+    num_pairs_ = num_pairs;
     stride_ = stride;
     per_quantum_ = per_quantum;
-    if (shared_ != nullptr) {
-      for (int64_t n = thread_index(); n < 4 * num_knots; n += num_threads()) shared_[n] = 0;
+    for (int64_t n = thread_index(); shared != nullptr && n < 4 * num_pairs; n += num_threads()) {
+      shared[n] = 0;
     }
   }
   GEOT_DEVICE explicit operator bool() const { return global_ != nullptr; }
 
-  // What an interval's two knots are given.
-  GEOT_DEVICE void add(int64_t knot, const Knots<F>& k) const {
-    add(2 * knot, k.y0);
-    add(2 * knot + 1, k.s0);
-    add(2 * knot + 2, k.y1);
-    add(2 * knot + 3, k.s1);
+  GEOT_DEVICE void add(int64_t pair, F x, F y) const {
+    add_to(2 * pair, x);
+    add_to(2 * pair + 1, y);
   }
 
   // Shared sums to global memory; between barriers.
   GEOT_DEVICE void flush() const {
-    if (shared_ == nullptr) return;
-    for (int64_t n = thread_index(); n < 2 * num_knots_; n += num_threads()) {
+    for (int64_t n = thread_index(); shared_ != nullptr && n < 2 * num_pairs_; n += num_threads()) {
       const unsigned long long sum =
           shared_[2 * n] | static_cast<unsigned long long>(shared_[2 * n + 1]) << 32;
       if (sum != 0) add_global(global_ + n * stride_, sum);
@@ -58,7 +58,7 @@ class KnotSums {
   }
 
  private:
-  GEOT_DEVICE void add(int64_t n, F x) const {
+  GEOT_DEVICE void add_to(int64_t n, F x) const {
     const unsigned long long units = units_of(x, per_quantum_);
     if (shared_ == nullptr) return add_global(global_ + n * stride_, units);
     const unsigned low = unsigned(units), before = add_shared(shared_ + 2 * n, low);
@@ -68,23 +68,32 @@ class KnotSums {
 
   unsigned* shared_;
   unsigned long long* global_;
-  int64_t num_knots_, stride_;
+  int64_t num_pairs_, stride_;
   F per_quantum_;
 };
 
-// The sums of (m, c) of each pair of types, [P', 2].
+// Those of the affine map; all heads add to the same.
 template <class F>
-struct AffineSums {
-  unsigned long long* global;
-  F per_quantum;
-
-  GEOT_DEVICE AffineSums(const Sums& sums)
-      : global(sums.affine), per_quantum(global != nullptr ? F(sums.quantum[3]) : F(0)) {}
-  GEOT_DEVICE explicit operator bool() const { return global != nullptr; }
-  GEOT_DEVICE void add(int pair, F d_m, F d_c) const {
-    add_global(global + 2 * pair, units_of(d_m, per_quantum));
-    add_global(global + 2 * pair + 1, units_of(d_c, per_quantum));
+class AffineSums {
+ public:
+  static GEOT_INLINE unsigned* take(Carver& carver, const Inputs& in, const Sums& sums) {
+    const bool is_shared = sums.affine != nullptr && in.num_affine <= kMostShared;
+    return is_shared ? IntegerSums<F>::take(carver, in.num_affine) : nullptr;
   }
+  GEOT_DEVICE AffineSums(const Inputs& in, const Sums& sums, unsigned* shared) {
+    const bool is_wanted = sums.affine != nullptr;
+    sums_.begin(shared, sums.affine, in.num_affine, 1, is_wanted ? F(sums.quantum[3]) : F(0));
+  }
+  GEOT_DEVICE explicit operator bool() const { return bool(sums_); }
+  GEOT_DEVICE void add(int pair, F d_m, F d_c) const { sums_.add(pair, d_m, d_c); }
+  // All threads of the block, after a barrier at its end.
+  GEOT_DEVICE void finish() const {
+    if (sums_) sums_.flush();
+  }
+
+ private:
+  static constexpr int64_t kMostShared = 512;
+  IntegerSums<F> sums_;
 };
 
 }  // namespace geot::cuda

@@ -37,7 +37,8 @@ struct Work {
     const int64_t b = item / plan.row_tiles;
     if (in.ptr != nullptr) {
       const int64_t first = in.ptr[b];
-      const int count = int(in.ptr[b + 1] - first);
+      const int64_t rows = in.ptr[b + 1] - first;  // there is room for `num_atoms`, as was promised
+      const int count = int(rows < in.num_atoms ? rows : in.num_atoms);
       return {0, first, count, {nullptr, count}};
     }
     const int64_t first = b * in.num_atoms;

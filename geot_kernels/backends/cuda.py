@@ -25,7 +25,7 @@ __all__ = ["attention", "attention_bwd", "attention_bwd_bwd", "attention_weights
 
 _LARGEST_HEAD_DIM = 128
 _MOST_NUMBERS = 2**31  # of a radial function or the rows of a molecule: counted with 32 bits
-_NUM_NORMS = 10
+_NUM_NORMS = 11
 _PER_ROW = 5  # numbers of a row that a sweep by keys reads
 
 
@@ -69,17 +69,17 @@ def attention_bwd(
     """First backward: those of the six gradients that `needs` asks for."""
     call = _Call(inputs, second=False)
     d_out = call.like_q(torch.zeros_like(out) if d_out is None else d_out)
-    d_row = _contiguous(d_row)
+    d_row, row = _contiguous(d_row), row.contiguous()
     results = _Results(call, needs)
     quantum = None
     if results.needs_bounds:
         radial = _radial_bounds(inputs, None, None) if needs[5] else None
-        quantum = call.quantum(d_out, d_row, (None,) * 4, radial, False)
+        quantum = call.quantum(d_out, d_row, (None,) * 4, row, radial, False)
     parts = _operators().attention_bwd.default(
         *call.arguments,
         d_out,
         d_row,
-        row.contiguous(),
+        row,
         *results.features,
         results.positions,
         call.numbers(),
@@ -110,7 +110,7 @@ def attention_bwd_bwd(
         return eager.attention_bwd_bwd(inputs, tangent, d_out, d_row, out, row, needs)
     call = _Call(inputs, second=True)
     d_out = call.like_q(torch.zeros_like(out) if d_out is None else d_out)
-    d_row = _contiguous(d_row)
+    d_row, row = _contiguous(d_row), row.contiguous()
     dots = [None if x is None else call.like_q(x) for x in tangent[:3]]
     dots += [_contiguous(x) for x in tangent[3:]]
     results = _Results(call, needs[2:])
@@ -119,14 +119,14 @@ def attention_bwd_bwd(
     quantum = None
     if results.needs_bounds:
         radial = _radial_bounds(inputs, tangent.radial, tangent.affine)
-        quantum = call.quantum(d_out, d_row, dots[:4], radial, True)
+        quantum = call.quantum(d_out, d_row, dots[:4], row, radial, True)
     parts = _operators().attention_bwd_bwd.default(
         *call.arguments,
         *dots,
         d_out,
         d_row,
         call.like_q(out),
-        row.contiguous(),
+        row,
         grad_d_out,
         grad_d_row,
         *results.features,
@@ -213,6 +213,7 @@ class _Call:
         d_out: Tensor,
         d_row: Tensor | None,
         dots: Sequence[Tensor | None],
+        row: Tensor,
         radial: Tensor | None,
         is_second: bool,
     ) -> Tensor:
@@ -221,7 +222,16 @@ class _Call:
         norms = torch.zeros(_NUM_NORMS, dtype=torch.int64, device=device)
         quantum = torch.empty(4, dtype=torch.float64, device=device)
         _operators().bounds.default(
-            *self.arguments, d_out, d_row, *dots, radial, is_second, norms, quantum, *self.where
+            *self.arguments,
+            d_out,
+            d_row,
+            *dots,
+            row,
+            radial,
+            is_second,
+            norms,
+            quantum,
+            *self.where,
         )
         return quantum
 
@@ -279,7 +289,10 @@ def _gaussians_gradient(radial: Tensor, moments: Tensor) -> Tensor:
 
 
 def _radial_bounds(inputs: Inputs, radial_dot: Tensor | None, affine_dot: Tensor | None) -> Tensor:
-    """Bounds of `|f|, |f'|, |f''|, |ḟ|, |ḟ'|, |m|, |ṁ|, |ċ|`, `[8]` in float64."""
+    """Bounds of `|f|, |f'|, |f''|, |ḟ|, |ḟ'|, |m|, |ṁ|, |ċ|`, and of `d` where `f'` is not 0.
+
+    `[9]` in float64.
+    """
     radial, affine = inputs.radial, inputs.affine
     none = torch.zeros((), dtype=torch.float64, device=radial.device)
     f_dot = f1_dot = none
@@ -294,8 +307,12 @@ def _radial_bounds(inputs: Inputs, radial_dot: Tensor | None, affine_dot: Tensor
         f1 = (w * (2 * gamma / math.e).sqrt()).sum(1).max()
         f2 = none
     m = none + 1 if affine is None else affine[:, 0].double().abs().amax()
+    farthest = none + math.inf
+    if affine is not None and radial.ndim == 4:  # z = m d + c is in the table's range
+        m_least, c_most = affine[:, 0].double().abs().amin(), affine[:, 1].double().abs().amax()
+        farthest = (max(abs(inputs.r_min), abs(inputs.r_max)) + c_most) / m_least
     m_dot, c_dot = (none, none) if affine_dot is None else affine_dot.double().abs().amax(0)
-    return torch.stack((f, f1, f2, f_dot, f1_dot, m, m_dot, c_dot))
+    return torch.stack((f, f1, f2, f_dot, f1_dot, m, m_dot, c_dot, farthest))
 
 
 def _table_bounds(knots: Tensor, per_h: float) -> tuple[Tensor, Tensor, Tensor]:

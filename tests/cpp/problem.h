@@ -27,6 +27,7 @@ struct Shape {
   int64_t heads, channels;
   bool is_packed, is_filter, is_linear;
   int radial;  // one of kTable ...
+  int64_t knots = 40;
 };
 enum { kTable, kPairTables, kAffine, kGaussians };
 
@@ -66,7 +67,7 @@ struct Tensors {
   const Tensor<T>& operator[](int n) const { return at[n]; }
 };
 
-constexpr int64_t kTypes = 3, kPairs = 6, kKnots = 40, kGaussianCount = 5;
+constexpr int64_t kTypes = 3, kPairs = 6, kGaussianCount = 5;
 constexpr double kZMin = 0.4, kZMax = 9.0;
 
 template <class T>
@@ -125,12 +126,13 @@ class Problem {
 
   int64_t num_channels() const { return shape.is_filter ? width_of_row() : shape.heads; }
   int64_t width_of_row() const { return shape.heads * shape.channels; }
+  int64_t num_tables() const { return shape.radial == kPairTables ? kPairs : 1; }
   int64_t row_size(int n) const { return n == kX ? 3 : width_of_row(); }
   int64_t size_of(int n) const {
     if (n <= kX) return num_rows * row_size(n);
     if (n == kMap) return shape.radial == kAffine ? 2 * kPairs : 0;
     if (shape.radial == kGaussians) return (2 + num_channels()) * kGaussianCount;
-    return (shape.radial == kPairTables ? kPairs : 1) * kKnots * 2 * num_channels();
+    return num_tables() * shape.knots * 2 * num_channels();
   }
   bool is_real(int64_t row) const { return shape.is_packed || mask[row]; }
 
@@ -158,8 +160,8 @@ class Problem {
     if (shape.radial == kGaussians) {
       in.radial.num_gaussians = kGaussianCount;
     } else {
-      in.radial.num_tables = shape.radial == kPairTables ? kPairs : 1;
-      in.radial.num_knots = kKnots;
+      in.radial.num_tables = num_tables();
+      in.radial.num_knots = shape.knots;
     }
     in.affine = inputs[kMap].data.get();
     in.num_affine = in.affine ? kPairs : 0;
@@ -195,10 +197,11 @@ class Problem {
       }
       return f;
     }
-    const double u = std::clamp((z - kZMin) / (kZMax - kZMin), 0.0, 1.0) * (kKnots - 1);
-    const int64_t g = std::min(int64_t(u), kKnots - 2);
+    const double u = std::clamp((z - kZMin) / (kZMax - kZMin), 0.0, 1.0) * (shape.knots - 1);
+    const int64_t g = std::min(int64_t(u), shape.knots - 2);
     const double t = u - g;
-    const T* knot = &r[(((shape.radial == kPairTables ? p : 0) * kKnots + g) * 2) * num_channels()];
+    const int64_t table = num_tables() > 1 ? p : 0;
+    const T* knot = &r[((table * shape.knots + g) * 2) * num_channels()];
     const int64_t next = num_channels();
     return (1 + 2 * t) * (1 - t) * (1 - t) * knot[c] + t * (1 - t) * (1 - t) * knot[next + c] +
            t * t * (3 - 2 * t) * knot[2 * next + c] + t * t * (t - 1) * knot[3 * next + c];
@@ -254,15 +257,15 @@ class Problem {
     if (shape.radial == kGaussians) {
       for (int64_t i = 0; i < 2 * kGaussianCount; ++i) r[i] = T(uniform(0.2, 2));
     } else if (smooth) {
-      const int64_t C = num_channels();
-      for (int64_t p = 0; p < r.size / (kKnots * 2 * C); ++p) {
+      const int64_t C = num_channels(), knots = shape.knots;
+      for (int64_t p = 0; p < num_tables(); ++p) {
         for (int64_t c = 0; c < C; ++c) {
           const double a[4] = {normal(), normal(), normal(), normal()};
-          for (int64_t g = 0; g < kKnots; ++g) {
-            const double x = 2.0 * g / (kKnots - 1) - 1;
-            T* at = &r[(p * kKnots + g) * 2 * C + c];
+          for (int64_t g = 0; g < knots; ++g) {
+            const double x = 2.0 * g / (knots - 1) - 1;
+            T* at = &r[(p * knots + g) * 2 * C + c];
             at[0] = T(a[0] + x * (a[1] + x * (a[2] + x * a[3])));
-            at[C] = T((a[1] + x * (2 * a[2] + x * 3 * a[3])) * 2 / (kKnots - 1));
+            at[C] = T((a[1] + x * (2 * a[2] + x * 3 * a[3])) * 2 / (knots - 1));
           }
         }
       }
