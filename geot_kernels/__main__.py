@@ -37,12 +37,12 @@ def _version(package: str) -> str:
 
 
 def main() -> int:
-    """Prints the report, or compiles the C++ kernels; returns an exit code."""
+    """Prints the report, or compiles the kernels; returns an exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m geot_kernels", description="Says what runs here, and why something cannot."
     )
     parser.add_argument(
-        "command", nargs="?", choices=["build"], help="compile the C++ kernels for this machine"
+        "command", nargs="?", choices=["build"], help="compile the C++ and CUDA kernels"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="print the compiler's calls")
     arguments = parser.parse_args()

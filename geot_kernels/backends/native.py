@@ -38,7 +38,7 @@ def find_library(kind: str) -> Path | str:
             return path
     if found:
         return f"{found[-1]} was compiled from other sources: {_REMEDY} again"
-    return f"the C++ kernels are not compiled: {_REMEDY}"
+    return f"the {build.KINDS[kind]} kernels are not compiled: {_REMEDY}"
 
 
 @functools.cache
@@ -55,21 +55,35 @@ def load_library(kind: str) -> str | None:
 
 
 def compile_library(verbose: bool = False) -> int:
-    """Compiles the C++ kernels, tells what it does, and returns an exit code.
+    """Compiles the kernels of each kind and tells what it does; those forbidden are left out.
 
-    In a source tree the library goes into the package, and only what has changed is compiled;
-    else it goes into the user's cache.
+    In a source tree the libraries go into the package, and only what has changed is compiled;
+    else they go into the user's cache.
+
+    Returns:
+        An exit code: 0 where all is ready; that of CUDA must be only where GEOT_KERNELS_CUDA=1.
     """
+    failed = False
+    for kind, name in build.KINDS.items():
+        required = True
+        try:
+            wanted = build.wanted(kind)
+            required = kind == "cpu" if wanted is None else wanted
+            if wanted is False:
+                raise build.BuildError(f"{build.variable(kind)}=0")
+            _compile(kind, verbose)
+        except (build.BuildError, OSError) as error:
+            print(f"geot-kernels: the {name} kernels are not compiled: {error}", file=sys.stderr)
+            failed = failed or required
+    return int(failed)
+
+
+def _compile(kind: str, verbose: bool) -> None:
     tree = build.checkout()
-    try:
-        destination = build.PACKAGE if tree else cache("cpu")
-        compiler = " ".join(build.find_tools().compiler)
-        print(f"compiling {build.sources()} with {compiler} for torch >= 2.10 ...", flush=True)
-        start = time.perf_counter()
-        work = tree and tree / "build" / "cpu"
-        library = build.build(destination, work=work, verbose=verbose)
-    except (build.BuildError, OSError) as error:
-        print(f"geot-kernels: the C++ kernels are not compiled: {error}", file=sys.stderr)
-        return 1
+    destination = build.PACKAGE if tree else cache(kind)
+    tools = build.find_tools(kind)
+    print(f"compiling {build.sources() / kind} with {tools} for torch >= 2.10 ...", flush=True)
+    start = time.perf_counter()
+    work = tree and tree / "build" / kind
+    library = build.build(destination, kind, work=work, verbose=verbose)
     print(f"{library} is ready after {time.perf_counter() - start:.0f} s")
-    return 0
