@@ -1,5 +1,6 @@
 """What all tests start from."""
 
+import host_cuda
 import pytest
 import torch
 
@@ -31,3 +32,27 @@ def instruction_set():
 
     yield choose
     torch.ops.geot_cpu.set_isa(best)
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """Fills with NaN what PyTorch allocates and does not initialize."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def emulated():
+    """Lets backend="cuda" run on the CPU; skips where there is no compiler."""
+    with host_cuda.emulated():
+        yield
+
+
+@pytest.fixture(params=[pytest.param("triton", marks=pytest.mark.interpreted), "cuda"])
+def backend(request):
+    """Triton's kernels, interpreted, in a process of their own; CUDA's, emulated, in this one."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulated")
+    return request.param

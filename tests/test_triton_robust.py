@@ -1,147 +1,30 @@
-"""The Triton kernels, interpreted, where things get rough: NaN, masks, memory, repetition."""
+"""The Triton kernels, interpreted, where things get rough for some form of a table."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import SCORES, VARIANTS, make_case
+from cases import make_case
+from fused import triton_module as module
 from passes import passes
 from test_cpu_robust import assert_same_bits
-from test_ops import POLICIES, operator_arguments
-from test_triton import assert_passes_equal, exact_case, module
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from geot_kernels.backends.inputs import Inputs, Tangent
+from test_fused_robust import HOLED
 
 pytestmark = pytest.mark.interpreted
-ATOMS = ("q", "k", "v", "positions")
-PASSES = ("attention", "attention_bwd", "attention_bwd_bwd")
-HOLED = [(*policy, radial) for policy in POLICIES for radial in ("pair tables", "affine")]
-HOLED += [("bias", normalizer, "gaussians") for normalizer in ("softmax", "linear")]
-
-
-@pytest.fixture
-def nan_in_new_memory():
-    """Fills with NaN what PyTorch allocates and does not initialize."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def detached(args):
-    return [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-
-
-def holed(variant, sizes, **options):
-    """A case whose masks have holes, at the first and the last atom too."""
-    shape = {"sizes": sizes, "heads": 2, "channels": 3} | options
-    case = exact_case(*variant, "masked", **shape)
-    real = torch.rand(len(sizes), max(sizes)) < 0.6
-    real[:, 0] = real[0, -1] = False
-    real[:, 2] = True
-    real[1:2] &= sizes[-1] > 0
-    case.options["mask"] = case.real = real
-    return case
-
-
-# What must not be read, and what must be written.
-
-
-@pytest.mark.parametrize("sizes", [(9, 3, 6), (3, 0)], ids=str)
-@pytest.mark.parametrize("variant", HOLED, ids=" ".join)
-def test_masks_with_holes_equal_the_reference(variant, sizes):
-    assert_passes_equal(holed(variant, sizes))
-
-
-@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
-@pytest.mark.parametrize("variant", HOLED, ids=" ".join)
-def test_garbage_in_padded_rows_of_any_input_reaches_nothing(variant, garbage, nan_in_new_memory):
-    case = holed(variant, (6, 4))
-    padding = ~case.real
-    for name, args in operator_arguments(case).items():
-        op = getattr(torch.ops.geot, name).default
-        args = detached(args[:-1])
-        clean = op(*args, "triton")
-        dirty = []
-        for x in args:
-            if isinstance(x, torch.Tensor) and x.shape[:2] == padding.shape and x.ndim > 2:
-                x = x.clone()
-                x[padding] = garbage
-            elif x is not None and x is case.options.get("atom_types"):
-                x = x.masked_fill(padding, -1 << 40)
-            dirty.append(x)
-        got = op(*dirty, "triton")
-        if name == "attention_weights":
-            clean, got = (clean,), (got,)
-        for a, b in zip(got, clean, strict=True):
-            assert torch.equal(a, b), name
-            assert bool(b.isfinite().all()), name
-            if name != "attention_weights" and b.shape[:2] == padding.shape:
-                assert not bool(b[padding].any()), name
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_garbage_in_the_holes_of_a_large_molecule_reaches_nothing(score):
-    size = 70 if score == "bias" else 20
-    case = holed((score, "softmax", "affine"), (size, 5), heads=1, channels=2)
-    clean = passes(case, "triton")
-    with torch.no_grad():
-        for name in ATOMS:
-            case.tensors[name][~case.real] = torch.nan
-    assert_same_bits(passes(case, "triton"), clean)
-
-
-def test_molecules_of_padding_alone_give_zeros():
-    case = exact_case("bias", "softmax", "affine", sizes=(3, 4))
-    case.options["mask"] = case.real = torch.zeros(2, 4, dtype=torch.bool)
-    assert not any(bool(x.any()) for x in passes(case, "triton").values())
-    with torch.no_grad():
-        assert not bool(case.weights(backend="triton").any())
 
 
 @pytest.mark.parametrize(
-    ("variant", "rows"),
-    [
-        (v, r)
-        for v in HOLED
-        for r in (False, True)
-        if not r or (v[0] == "bias" and "g" not in v[2])
-    ],
-    ids=str,
+    "variant", [v for v in HOLED if v[0] == "bias" and "g" not in v[2]], ids=" ".join
 )
-def test_everything_is_written_and_repeats_bit_for_bit(
-    variant, rows, nan_in_new_memory, monkeypatch
+def test_everything_is_written_with_rows_and_repeats_bit_for_bit(
+    variant, nan_in_new_memory, monkeypatch
 ):
-    if rows:
-        monkeypatch.setattr(module("launch"), "_PAIRS_FOR_ROWS", 0)
-    sizes = (66, 0) if variant[0] == "bias" and not rows else (5, 0, 2)
-    shape = {"sizes": sizes, "heads": 1, "channels": 2, "dtype": torch.float32}
+    monkeypatch.setattr(module("launch"), "_PAIRS_FOR_ROWS", 0)
+    shape = {"sizes": (5, 0, 2), "heads": 1, "channels": 2, "dtype": torch.float32}
     case = make_case(*variant, "packed", **shape)
     first = passes(case, "triton")
     assert all(bool(x.isfinite().all()) for x in first.values())
     assert_same_bits(passes(case, "triton"), first)
-
-
-# What must be seen.
-
-
-@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "variant", [v for v in VARIANTS if v[2:] == ("affine", "masked")], ids=" ".join
-)
-def test_garbage_of_a_real_atom_shows_in_its_molecule_and_nowhere_else(variant, garbage):
-    for name in ATOMS if garbage != garbage else ("q", "positions"):
-        case = make_case(*variant, sizes=(5, 4), dtype=torch.float32, coincident=False)
-        with torch.no_grad():
-            case.tensors[name][(0, 2, 1) if name == "positions" else (0, 2, 0, 1)] = garbage
-        got, expected = passes(case, "triton"), passes(case, "reference")
-        assert torch.equal(got["out"].isfinite(), expected["out"].isfinite()), name
-        for result, x in got.items():
-            if result.split()[-1] in ("out", *ATOMS):
-                assert bool(x[1:].isfinite().all()), f"{name} reached {result} elsewhere"
-            if garbage != garbage and bool(expected[result].isnan().any()):
-                assert bool(x.isnan().any()), f"{name} is lost on the way to {result}"
 
 
 @pytest.mark.parametrize("form", ["rows", "words"])
@@ -158,57 +41,3 @@ def test_nan_in_a_position_shows_whatever_the_form_of_the_table(form, monkeypatc
         case.tensors["q"].requires_grad_()
     out = case.attention(backend="triton")
     assert bool(out[0].isnan().all()) and bool(out[1:].isfinite().all())
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_large_scores_do_not_overflow_a_softmax(score):
-    case = make_case(score, sizes=(5, 0, 20), channels=5, dtype=torch.float32)
-    with torch.no_grad():
-        case.tensors["knots"] *= 1e4
-    for x in passes(case, "triton").values():
-        assert bool(x.isfinite().all())
-    case = make_case(score, sizes=(150,), heads=1, channels=2, dtype=torch.float32)
-    with torch.no_grad():
-        case.tensors["knots"] *= 1e4
-        assert bool(case.attention(backend="triton").isfinite().all())
-
-
-# Memory.
-
-
-class Largest(TorchDispatchMode):
-    """Records how large a tensor was, at most, in units of a float64."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for x in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.numbers = max(self.numbers, x.numel() * x.dtype.itemsize // 8)
-        return result
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=" ".join)
-def test_no_pass_makes_a_tensor_of_size_atoms_squared(policy):
-    atoms = 150 if policy[0] == "bias" else 70
-    case = exact_case(*policy, "affine", "full", sizes=(atoms,), heads=1, channels=1)
-    arguments = operator_arguments(case)
-    backend = module()
-    with Largest() as largest:
-        for name in PASSES:
-            args = detached(arguments[name][:-1])
-            if name == "attention":
-                backend.attention(Inputs(*args))
-                continue
-            dots = args[:6] if name == "attention_bwd_bwd" else []
-            pulled, inputs = args[len(dots) :][:4], args[len(dots) + 4 :]
-            needs = inputs.pop(6)
-            before = (Tangent(*dots),) if dots else ()
-            getattr(backend, name)(Inputs(*inputs), *before, *pulled, needs)
-    assert 0 < largest.numbers < 35 * atoms  # of an affine map, 16 types' sums of two numbers
-    with Largest() as largest, torch.no_grad():
-        backend.attention_weights(Inputs(*detached(arguments["attention"][:-1])))
-    assert largest.numbers == atoms**2, "or this test sees nothing"

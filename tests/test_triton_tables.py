@@ -1,13 +1,14 @@
-"""The Triton kernels, interpreted: the forms in which they read a table, and its ends."""
+"""The Triton kernels, interpreted: the forms in which they read a table."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cases import NORMALIZERS, SCORES, VARIANTS, make_case
+from fused import EXACT, assert_equal, assert_passes_equal, at_its_ends, exact_case
+from fused import triton_module as module
 from passes import in_float64, passes
 from test_ops import POLICIES
-from test_triton import EXACT, assert_equal, assert_passes_equal, exact_case, module
 
 import geot_kernels as gk
 
@@ -37,7 +38,7 @@ def form(monkeypatch):
 @pytest.mark.parametrize("variant", TABLES, ids=" ".join)
 def test_all_passes_equal_the_reference_with_rows(variant, form):
     made = form("rows")
-    assert_passes_equal(exact_case(*variant, attention_scale=True))
+    assert_passes_equal(exact_case(*variant, attention_scale=True), "triton")
     assert set(made) == {"rows_of"} and len(made) >= 4  # of each pass, and the tangent of knots
 
 
@@ -48,14 +49,14 @@ def test_the_second_order_of_a_single_gradient_equals_the_reference_with_rows(
 ):
     made = form("rows")
     case = exact_case("bias", normalizer, "affine", sizes=(66,), heads=1, channels=2)
-    assert_passes_equal(case, tangent=[tangent])
+    assert_passes_equal(case, "triton", tangent=[tangent])
     assert len(made) == 3 + (tangent == "knots")
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_a_filter_and_a_small_problem_read_knots(score, form):
     made = form("rows" if score == "filter" else "knots")
-    assert_passes_equal(exact_case(score))
+    assert_passes_equal(exact_case(score), "triton")
     assert not made
 
 
@@ -67,28 +68,10 @@ def test_tables_of_any_number_of_knots_become_rows(knots, form):
     case.tensors["knots"] = torch.randn(pairs, knots, 2, 2, dtype=torch.float64)
     case.tensors["knots"].requires_grad_()
     case.r_max = 0.25 + (knots - 1) / 64
-    assert_passes_equal(case)
+    assert_passes_equal(case, "triton")
 
 
 # The ends of a table.
-
-
-def at_its_ends(*variant, far=4.25, slope=None):
-    """Atoms at exactly 0, r_min, `far` from each other, below, between and beyond."""
-    case = exact_case(*variant, sizes=(8,), heads=1, channels=2)
-    along = torch.tensor([0, 0, 0.125, 0.25, 1.75, far, far + 0.125, 40.0], dtype=torch.float64)
-    with torch.no_grad():
-        case.tensors["positions"].zero_()[0, :, 1] = along
-        if slope is not None:
-            case.tensors["knots"][:, -1, 1] = slope
-    return case
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=" ".join)
-def test_distances_at_the_ends_of_a_table(policy, form):
-    form("knots")
-    for tangent in (None, ["positions"], ["knots"]):
-        assert_passes_equal(at_its_ends(*policy, "table", "full"), tangent=tangent)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -96,7 +79,9 @@ def test_distances_at_the_ends_of_rows(normalizer, form):
     form("rows")
     for tangent in (None, ["positions"], ["knots"]):
         assert_passes_equal(
-            at_its_ends("bias", normalizer, "table", "full", far=4.0625), tangent=tangent
+            at_its_ends("bias", normalizer, "table", "full", far=4.0625),
+            "triton",
+            tangent=tangent,
         )
     # At exactly r_max f'' jumps, and so does f' unless it is 0, as `tabulate` makes it.
     case = at_its_ends("bias", normalizer, "table", "full", slope=0.0)
@@ -106,20 +91,18 @@ def test_distances_at_the_ends_of_rows(normalizer, form):
     assert all(bool(x.isfinite().all()) for x in got.values())
 
 
-@pytest.mark.parametrize("name", ["knots", "rows"])
 @pytest.mark.parametrize("policy", POLICIES, ids=" ".join)
-def test_affine_maps_may_lead_below_and_beyond_the_table(policy, name, form):
-    form(name)
+def test_affine_maps_may_lead_below_and_beyond_rows(policy, form):
+    form("rows")
     case = exact_case(*policy, "affine", sizes=(4, 3), coincident=False)
     affine = torch.tensor([[1, 0], [-2, 1], [1, -1.5], [0, 2], [4, 0.5], [0.5, -30]]).double()
     case.tensors["affine"] = affine.requires_grad_()
-    assert_passes_equal(case)
+    assert_passes_equal(case, "triton")
 
 
-@pytest.mark.parametrize("name", ["knots", "rows"])
 @pytest.mark.parametrize("score", SCORES)
-def test_two_atoms_at_one_point_have_no_force_on_each_other(score, name, form):
-    form(name)
+def test_two_atoms_at_one_point_have_no_force_on_each_other_with_rows(score, form):
+    form("rows")
     case = exact_case(score, "linear", layout="full", sizes=(2,))
     with torch.no_grad():
         case.tensors["positions"][0, 1] = case.tensors["positions"][0, 0]

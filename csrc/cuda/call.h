@@ -114,6 +114,9 @@ const char* launch_attention_bwd(BackwardCall call, Where where, int* parts);
 const char* launch_attention_bwd_bwd(SecondBackwardCall call, Where where, int* parts);
 const char* launch_bounds(const BoundsCall& call, Where where);
 
+// Of a block, at most, bytes.
+int64_t shared_memory(int64_t device);
+
 // How many blocks of a head there are: parts of the moments of Gaussians.
 int64_t chunks(int64_t num_molecules, int64_t max_atoms, int64_t num_heads, int64_t device);
 

@@ -61,6 +61,8 @@ const char* launch_bounds(const BoundsCall& call, Where where) {
   }
 }
 
+int64_t shared_memory(int64_t device) { return shared_limit(int(device)); }
+
 // Enough blocks to fill the device; each takes molecule after molecule, and loads its table once.
 int64_t chunks(int64_t num_molecules, int64_t max_atoms, int64_t num_heads, int64_t device) {
   const int64_t most = num_molecules * ((max_atoms + 63) / 64),

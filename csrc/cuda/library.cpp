@@ -211,6 +211,7 @@ STABLE_TORCH_LIBRARY(GEOT_CUDA_OPERATORS, m) {
         "Tensor row, Tensor? radial_bounds, bool is_second, Tensor(a!) norms, Tensor(b!) quantum, "
         "int device, "
         "int stream) -> ()");
+  m.def("shared_memory(int device) -> int");
   m.def("chunks(int num_molecules, int max_atoms, int num_heads, int device) -> int");
 }
 
@@ -219,5 +220,6 @@ STABLE_TORCH_LIBRARY_IMPL(GEOT_CUDA_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("attention_bwd", TORCH_BOX(&geot::cuda::attention_bwd));
   m.impl("attention_bwd_bwd", TORCH_BOX(&geot::cuda::attention_bwd_bwd));
   m.impl("bounds", TORCH_BOX(&geot::cuda::bounds));
+  m.impl("shared_memory", TORCH_BOX(&geot::cuda::shared_memory));
   m.impl("chunks", TORCH_BOX(&geot::cuda::chunks));
 }

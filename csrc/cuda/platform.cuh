@@ -188,7 +188,10 @@ inline int attribute(cudaDeviceAttr what, int device) {
 inline int64_t shared_limit(int device) {
   return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
-inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+inline int multiprocessors(int device) {  // at least 1: then it is the launch that reports
+  const int count = attribute(cudaDevAttrMultiProcessorCount, device);
+  return count < 1 ? 1 : count;
+}
 
 }  // namespace cuda
 }  // namespace geot

@@ -7,6 +7,7 @@ into tensors that are made here.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,8 @@ from .native import load_library
 
 __all__ = ["attention", "attention_bwd", "attention_bwd_bwd", "attention_weights", "why_not"]
 
-_LARGEST_HEAD_DIM = 128
+# Channels of a head, at most: of float64, of others, by the shared memory of a block, KiB.
+_HEAD_DIMS = ((227, 128, 128), (160, 64, 128), (0, 32, 64))
 _MOST_NUMBERS = 2**31  # of a radial function or the rows of a molecule: counted with 32 bits
 _NUM_NORMS = 11
 _PER_ROW = 5  # numbers of a row that a sweep by keys reads
@@ -37,14 +39,25 @@ def why_not(device: torch.device, inputs: Inputs | None = None) -> str | None:
 
 def why_not_inputs(inputs: Inputs) -> str | None:
     """Says why the kernels cannot run these inputs; None where they can."""
-    if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
-        most, got = _LARGEST_HEAD_DIM, inputs.q.shape[-1]
-        return f"its kernels take at most {most} channels a head, not {got}"
+    kib = _shared_memory(inputs.q.device)
+    of_float64, of_others = next(most for least, *most in _HEAD_DIMS if kib >= least)
+    most = of_float64 if inputs.q.dtype == torch.float64 else of_others
+    if inputs.q.shape[-1] > most:
+        text = f"its kernels take at most {most} channels a head"
+        if most < _HEAD_DIMS[0][1]:
+            text += f" of {inputs.q.dtype} with {kib} KiB of shared memory"
+        return f"{text}, not {inputs.q.shape[-1]}"
     if inputs.radial.numel() >= _MOST_NUMBERS:
         return "its kernels take radial functions of fewer than 2^31 numbers"
     if max(inputs.q.shape[-3], inputs.max_atoms) >= _MOST_NUMBERS:
         return "its kernels take molecules of fewer than 2^31 rows"
     return None
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Of a block, at most, KiB."""
+    return int(_operators().shared_memory.default(device.index or 0)) // 1024
 
 
 @on_its_device
