@@ -8,23 +8,15 @@
 // leaves P and E in shared memory, and finishes with what the sweep by keys would give.
 #pragma once
 
-#include "../common/normalizer.h"
-#include "bias.cuh"
-#include "filter.cuh"
+#include "sweeps.cuh"
 
 namespace geot::cuda {
 
-// What E and P of a row need: E = P (A - δ), P = exp(S - L) / Σ exp(S - L). The second backward
-// pass has two more.
-template <class F>
-struct RowNumbers {
-  F log_sum, per_total, delta, rho, epsilon;
-};
-
 // By rows or by keys: where the two parts of the features, and the results, are.
-template <class Score, bool kByKeys>
+template <class ScoreOf, bool kByKeys>
 struct Backward {
   using Call = BackwardCall;
+  using Score = ScoreOf;
   using T = typename Score::Feature;
   using F = typename Score::F;
   static constexpr int kMaxThreads = 32 * kMaxWarps, kMinBlocks = Score::kIsNarrow ? 3 : 1;
@@ -62,24 +54,9 @@ struct Backward {
   }
 
   static GEOT_DEVICE void run(const Call& call, char* shared) {
-    const Work work(call.in, call.plan);
-    Carver carver(shared);
-    const Memory memory = take(carver, call);
-    const Score score(work, memory.score, nullptr, &call.sums);
-    const AffineSums<F> affine(call.in, call.sums, memory.affine);
-    for (int64_t item = work.first_item(); item < work.num_items(); item += call.plan.chunks) {
-      const Molecule m = work.molecule(item, memory.reach);
-      const int first = work.first_row(item);
-      if (first < m.count) sweep(call, work, memory, score, affine, m, first);
-    }
-    if (has_sums(call.sums) || affine) {
-      GEOT_SYNC_BLOCK();  // who adds to them
-      if (has_sums(call.sums)) score.finish(work, call.sums);
-      affine.finish();
-    }
+    run_sweep<Backward>(call, nullptr, shared);
   }
 
- private:
   static GEOT_DEVICE void sweep(const Call& call, const Work& work, const Memory& memory,
                                 const Score& score, const AffineSums<F>& affine, const Molecule& m,
                                 int first) {
@@ -178,9 +155,10 @@ struct Backward {
     } else if (is_whole(call)) {
       finish_whole(call, work, memory, score, m, own_first, atoms, sum1, force_on);
     }
-    finish_rows(call, work, m, own_first, numbers, force_on);
+    store_rows<kByKeys>(call, call.d_positions, work, m, own_first, numbers, force_on);
   }
 
+ private:
   // Loads what columns [j0, j0 + columns) need, and at first the rows.
   static GEOT_DEVICE void load(const Call& call, const Work& work, const Memory& memory,
                                const Molecule& m, int first, bool is_first, int j0, int columns) {
@@ -242,32 +220,6 @@ struct Backward {
           force_on[half] = force_on[half] + force(b(j, i), pair_at(half, i).u());
         });
       });
-    }
-  }
-
-  static GEOT_DEVICE void finish_rows(const Call& call, const Work& work, const Molecule& m,
-                                      int first, const RowNumbers<F> (&numbers)[2],
-                                      const Vector3<F> (&force_on)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = first + row_of(2 * half);
-      const int64_t row = work.head * call.in.num_rows + m.first + i;
-      const bool writes = lane() % 4 == 0 && i < m.count;
-      if (!kByKeys && !call.plan.is_whole && writes) {
-        static_cast<RowNumbers<F>*>(call.numbers)[row] = numbers[half];
-      }
-      if (call.d_positions != nullptr) {
-        const F x = sum_of_row(force_on[half].x), y = sum_of_row(force_on[half].y),
-                z = sum_of_row(force_on[half].z);
-        if (writes) {
-          const int64_t part = kByKeys ? call.in.num_heads * call.in.num_rows : 0;
-          F* to = static_cast<F*>(call.d_positions) + 3 * (part + row);
-          const bool is_real = m.real(i);
-          to[0] = is_real ? x : F(0);
-          to[1] = is_real ? y : F(0);
-          to[2] = is_real ? z : F(0);
-        }
-      }
     }
   }
 };

@@ -35,6 +35,18 @@ const char* launch_planned(typename Kernel::Call& call, Where where) {
   return "a block needs more shared memory than this device has";
 }
 
+// A sweep by rows and, where it has not done whole molecules, one by keys, if anybody needs it.
+// `parts`: how many of the gradient of positions they have written.
+template <template <class, bool> class Sweep, class Score, class Call>
+const char* launch_sweeps(Call& call, Where where, bool needs_keys, int* parts) {
+  const char* error = launch_planned<Sweep<Score, false>>(call, where);
+  *parts = 1;
+  if (error != nullptr || call.plan.is_whole || !needs_keys) return error;
+  *parts = 2;
+  call.sums = {};
+  return launch_planned<Sweep<Score, true>>(call, where);
+}
+
 // The passes of one type of features. Filters and the second backward pass are computed in float
 // and double only.
 template <class T>

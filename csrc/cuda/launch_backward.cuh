@@ -3,34 +3,24 @@
 #include "launch.cuh"
 
 namespace geot::cuda {
-namespace {
-
-template <class Score>
-const char* launch_sweeps(BackwardCall& call, Where where, int* parts) {
-  const char* error = launch_planned<Backward<Score, false>>(call, where);
-  const bool is_needed =
-      call.dk.data != nullptr || call.dv.data != nullptr || call.d_positions != nullptr;
-  *parts = 1;
-  if (error != nullptr || call.plan.is_whole || !is_needed) return error;
-  *parts = 2;
-  call.sums = {};
-  return launch_planned<Backward<Score, true>>(call, where);
-}
-
-}  // namespace
 
 template <>
 const char* attention_bwd<GEOT_TYPE>(BackwardCall& call, Where where, int* parts) {
   using T = GEOT_TYPE;
+  const bool needs_keys =
+      call.dk.data != nullptr || call.dv.data != nullptr || call.d_positions != nullptr;
   if constexpr (!kIs16Bit<T>) {
-    if (call.in.is_filter) return launch_sweeps<Filter<T>>(call, where, parts);
+    if (call.in.is_filter)
+      return launch_sweeps<Backward, Filter<T>>(call, where, needs_keys, parts);
   }
   if constexpr (sizeof(T) == 8) {
-    return launch_sweeps<Bias<T, 0, 4>>(call, where, parts);
+    return launch_sweeps<Backward, Bias<T, 0, 4>>(call, where, needs_keys, parts);
   } else {
-    if (call.in.head_dim <= 32) return launch_sweeps<Bias<T, 32, 4>>(call, where, parts);
-    if (call.in.head_dim <= 64) return launch_sweeps<Bias<T, 64, 4>>(call, where, parts);
-    return launch_sweeps<Bias<T, 128, 2>>(call, where, parts);
+    if (call.in.head_dim <= 32)
+      return launch_sweeps<Backward, Bias<T, 32, 4>>(call, where, needs_keys, parts);
+    if (call.in.head_dim <= 64)
+      return launch_sweeps<Backward, Bias<T, 64, 4>>(call, where, needs_keys, parts);
+    return launch_sweeps<Backward, Bias<T, 128, 2>>(call, where, needs_keys, parts);
   }
 }
 

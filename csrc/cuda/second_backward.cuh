@@ -10,13 +10,14 @@
 //   own 1 += Σ S̄ other1 + E ȯther1        own 2 += Σ Ṗ other2 + P ȯther2
 #pragma once
 
-#include "backward.cuh"
+#include "sweeps.cuh"
 
 namespace geot::cuda {
 
-template <class Score, bool kByKeys>
+template <class ScoreOf, bool kByKeys>
 struct SecondBackward {
   using Call = SecondBackwardCall;
+  using Score = ScoreOf;
   using F = typename Score::F;
   static constexpr int kMaxThreads = 32 * kMaxWarps, kMinBlocks = 1;
   static constexpr int kColumns = Score::kColumns, kTiles = Score::kTiles;
@@ -72,52 +73,7 @@ struct SecondBackward {
   }
 
   static GEOT_DEVICE void run(const Call& call, char* shared) {
-    const Work work(call.in, call.plan);
-    Carver carver(shared);
-    const Memory memory = take(carver, call);
-    const Score score(work, memory.score, call.radial_dot, &call.sums);
-    const AffineSums<F> affine(call.in, call.sums, memory.affine);
-    for (int64_t item = work.first_item(); item < work.num_items(); item += call.plan.chunks) {
-      const Molecule m = work.molecule(item, memory.reach);
-      const int first = work.first_row(item);
-      if (first < m.count) sweep(call, work, memory, score, affine, m, first);
-    }
-    if (has_sums(call.sums) || affine) {
-      GEOT_SYNC_BLOCK();  // who adds to them
-      if (has_sums(call.sums)) score.finish(work, call.sums);
-      affine.finish();
-    }
-  }
-
- private:
-  // What a sweep knows of its rows.
-  struct Own {
-    Atom<F> atoms[2];
-    Vector3<F> x_dots[2];
-  };
-  // Sums of a row's first round; of exp(S - L) where it says P.
-  struct RowSums {
-    F p[2], p_s_dot[2], p_a[2], p_g[2];
-  };
-
-  static GEOT_DEVICE Vector3<F> x_dot_of(const Call& call, const Molecule& m, int i) {
-    if (call.x_dot == nullptr || !m.real(i)) return {0, 0, 0};
-    return load_vector<F>(call.x_dot, m.first + i);
-  }
-  static GEOT_DEVICE PairTangent<F> tangent_of(const Call& call, const PairOfAtoms<F>& pair,
-                                               const Vector3<F>& x_dot) {
-    PairTangent<F> tangent;
-    tangent.x_dot = x_dot;
-    tangent.d_dot = pair.u().dot(x_dot);
-    tangent.m_dot = 0;
-    F c_dot = 0;
-    if (call.affine_dot != nullptr) {
-      const F* map = static_cast<const F*>(call.affine_dot) + 2 * pair.affine;
-      tangent.m_dot = map[0];
-      c_dot = map[1];
-    }
-    tangent.z_dot = coordinate_tangent(pair.m, tangent.d_dot, tangent.m_dot, pair.dist, c_dot);
-    return tangent;
+    run_sweep<SecondBackward>(call, call.radial_dot, shared);
   }
 
   static GEOT_DEVICE void sweep(const Call& call, const Work& work, const Memory& memory,
@@ -246,7 +202,39 @@ struct SecondBackward {
       store(sum1, call.grad_k, scales);
       store(sum2, call.grad_v, ones);
     }
-    finish_rows(call, work, m, own_first, numbers, row_dot, force_on);
+    store_row_sums(call, work, m, own_first, row_dot);
+    store_rows<kByKeys>(call, call.grad_positions, work, m, own_first, numbers, force_on);
+  }
+
+ private:
+  // What a sweep knows of its rows.
+  struct Own {
+    Atom<F> atoms[2];
+    Vector3<F> x_dots[2];
+  };
+  // Sums of a row's first round; of exp(S - L) where it says P.
+  struct RowSums {
+    F p[2], p_s_dot[2], p_a[2], p_g[2];
+  };
+
+  static GEOT_DEVICE Vector3<F> x_dot_of(const Call& call, const Molecule& m, int i) {
+    if (call.x_dot == nullptr || !m.real(i)) return {0, 0, 0};
+    return load_vector<F>(call.x_dot, m.first + i);
+  }
+  static GEOT_DEVICE PairTangent<F> tangent_of(const Call& call, const PairOfAtoms<F>& pair,
+                                               const Vector3<F>& x_dot) {
+    PairTangent<F> tangent;
+    tangent.x_dot = x_dot;
+    tangent.d_dot = pair.u().dot(x_dot);
+    tangent.m_dot = 0;
+    F c_dot = 0;
+    if (call.affine_dot != nullptr) {
+      const F* map = static_cast<const F*>(call.affine_dot) + 2 * pair.affine;
+      tangent.m_dot = map[0];
+      c_dot = map[1];
+    }
+    tangent.z_dot = coordinate_tangent(pair.m, tangent.d_dot, tangent.m_dot, pair.dist, c_dot);
+    return tangent;
   }
 
   struct Coefficients {
@@ -368,31 +356,16 @@ struct SecondBackward {
     }
   }
 
-  static GEOT_DEVICE void finish_rows(const Call& call, const Work& work, const Molecule& m,
-                                      int first, const RowNumbers<F> (&numbers)[2],
-                                      const F (&row_dot)[2], const Vector3<F> (&force_on)[2]) {
+  // ṙ
+  static GEOT_DEVICE void store_row_sums(const Call& call, const Work& work, const Molecule& m,
+                                         int first, const F (&row_dot)[2]) {
+    if (kByKeys || call.grad_d_row == nullptr) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = first + row_of(2 * half);
-      const int64_t row = work.head * call.in.num_rows + m.first + i;
-      const bool writes = lane() % 4 == 0 && i < m.count, is_real = m.real(i);
-      if (!kByKeys && !call.plan.is_whole && writes) {
-        static_cast<RowNumbers<F>*>(call.numbers)[row] = numbers[half];
-      }
-      if (!kByKeys && call.grad_d_row != nullptr) {
-        const F sum = sum_of_row(row_dot[half]);
-        if (writes) static_cast<F*>(call.grad_d_row)[work.at(m, i)] = is_real ? sum : F(0);
-      }
-      if (call.grad_positions != nullptr) {
-        const F x = sum_of_row(force_on[half].x), y = sum_of_row(force_on[half].y),
-                z = sum_of_row(force_on[half].z);
-        if (writes) {
-          const int64_t part = kByKeys ? call.in.num_heads * call.in.num_rows : 0;
-          F* to = static_cast<F*>(call.grad_positions) + 3 * (part + row);
-          to[0] = is_real ? x : F(0);
-          to[1] = is_real ? y : F(0);
-          to[2] = is_real ? z : F(0);
-        }
+      const F sum = sum_of_row(row_dot[half]);
+      if (lane() % 4 == 0 && i < m.count) {
+        static_cast<F*>(call.grad_d_row)[work.at(m, i)] = m.real(i) ? sum : F(0);
       }
     }
   }
