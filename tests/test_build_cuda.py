@@ -478,15 +478,15 @@ def test_wheel_without_cuda_has_no_library_of_an_earlier_build(wheel, tmp_path):
 
 
 def test_source_distribution_has_every_file_that_the_digest_follows(tree):
-    (tree / "csrc" / "cuda" / "rows.inc").write_text("// part of a source\n")
+    (tree / "csrc" / "cuda" / "rows.cuh").write_text("// part of a source\n")
     done = run_hook(tree, "build_sdist", isolated=True)
     assert done.returncode == 0, done.stderr
     (archive,) = (tree / "dist").glob("*.tar.gz")
     shutil.unpack_archive(archive, tree / "unpacked")
     (csrc,) = (tree / "unpacked").glob("*/csrc")
-    assert {path.suffix for path in (csrc / "cuda").iterdir()} == {".cpp", ".cu", ".cuh", ".inc"}
+    assert {path.suffix for path in (csrc / "cuda").iterdir()} == {".cpp", ".cu", ".cuh"}
     assert build.digest("cuda", csrc) == build.digest("cuda", tree / "csrc")
-    (csrc / "cuda" / "rows.inc").unlink()
+    (csrc / "cuda" / "rows.cuh").unlink()
     assert build.digest("cuda", csrc) != build.digest("cuda", tree / "csrc")
 
 
