@@ -56,3 +56,12 @@ def backend(request):
     if request.param == "cuda":
         request.getfixturevalue("emulated")
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Shows the tables that tests marked `shown` have printed."""
+    passed = terminalreporter.stats.get("passed", [])
+    for report in sorted(passed, key=lambda report: report.nodeid):
+        if report.when == "call" and "shown" in report.keywords and report.capstdout:
+            terminalreporter.section(report.nodeid)
+            terminalreporter.write(report.capstdout)

@@ -23,6 +23,9 @@ NAMES = {"fwd_kernel": "forward", "bwd_kernel": "backward", "bwd_bwd_kernel": "s
 PASSES = ("forward", "forward only", "backward", "scatter", "second backward", "second scatter")
 
 
+pytestmark = pytest.mark.shown
+
+
 @pytest.fixture(autouse=True)
 def _runs_anywhere(monkeypatch):
     monkeypatch.setattr(load("triton"), "why_not", lambda *_: None)
