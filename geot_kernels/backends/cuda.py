@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import compute_dtype, largest_molecule
+from ..reference import compute_dtype
 from . import eager
 from .eager import attention_weights
-from .gpu import on_its_device, why_not_gpu
+from .gpu import contiguous, molecules_and_atoms, on_its_device, why_not_gpu
 from .inputs import Inputs, Tangent
 from .native import load_library
 
@@ -82,7 +82,7 @@ def attention_bwd(
     """First backward: those of the six gradients that `needs` asks for."""
     call = _Call(inputs, second=False)
     d_out = call.like_q(torch.zeros_like(out) if d_out is None else d_out)
-    d_row, row = _contiguous(d_row), row.contiguous()
+    d_row, row = contiguous(d_row), row.contiguous()
     results = _Results(call, needs)
     quantum = None
     if results.needs_bounds:
@@ -123,9 +123,9 @@ def attention_bwd_bwd(
         return eager.attention_bwd_bwd(inputs, tangent, d_out, d_row, out, row, needs)
     call = _Call(inputs, second=True)
     d_out = call.like_q(torch.zeros_like(out) if d_out is None else d_out)
-    d_row, row = _contiguous(d_row), row.contiguous()
+    d_row, row = contiguous(d_row), row.contiguous()
     dots = [None if x is None else call.like_q(x) for x in tangent[:3]]
-    dots += [_contiguous(x) for x in tangent[3:]]
+    dots += [contiguous(x) for x in tangent[3:]]
     results = _Results(call, needs[2:])
     grad_d_out = torch.empty_like(d_out) if needs[0] else None
     grad_d_row = call.empty(*row.shape) if needs[1] else None
@@ -160,10 +160,6 @@ def _operators() -> Any:
     return torch.ops.geot_cuda
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 class _Call:
     """The arguments that all operators have, in the dtype that their kernels compute with."""
 
@@ -173,11 +169,7 @@ class _Call:
         self.dtype = compute_dtype(q.dtype)  # of geometry and sums
         uses_tensor_cores = not second and inputs.score == "bias" and inputs.radial.ndim == 4
         self.feature_dtype = q.dtype if uses_tensor_cores else self.dtype
-        atoms = q.shape[-3]
-        if inputs.ptr is not None:
-            atoms = largest_molecule(inputs.ptr) if inputs.max_atoms < 0 else inputs.max_atoms
-        self.atoms = atoms
-        self.molecules = q.shape[0] if inputs.ptr is None else inputs.ptr.shape[0] - 1
+        self.molecules, self.atoms = molecules_and_atoms(inputs)
         self.q, k, v = (self._features(x) for x in inputs[:3])
         types, pairs = inputs.atom_types, inputs.pair_index
         if pairs is None:
@@ -189,10 +181,10 @@ class _Call:
             v,
             inputs.positions.contiguous(),
             self.radial,
-            _contiguous(inputs.affine),
-            _contiguous(inputs.mask),
+            contiguous(inputs.affine),
+            contiguous(inputs.mask),
             *(None if x is None else x.long().contiguous() for x in (inputs.ptr, types, pairs)),
-            atoms,
+            self.atoms,
             inputs.r_min,
             inputs.r_max,
             inputs.scale,
@@ -254,7 +246,7 @@ class _Results:
 
     def __init__(self, call: _Call, needs: Sequence[bool]) -> None:
         inputs, q = call.inputs, call.q
-        self._call, self._needs = call, needs
+        self._call = call
         heads, rows, device = q.shape[-2], q.shape[:-2].numel(), q.device
         self.features = [
             torch.empty_like(q, memory_format=torch.contiguous_format) if n else None

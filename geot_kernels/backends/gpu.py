@@ -1,4 +1,4 @@
-"""What the backends for GPUs share: the right device, and which GPUs will do."""
+"""What the backends for GPUs share: which GPUs will do, the right device, reading of inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
+from ..reference import largest_molecule
 from .inputs import Inputs
 
 _LEAST_CAPABILITY = (8, 0)
@@ -43,3 +45,16 @@ def why_not_gpu(device: torch.device) -> str | None:
             f"its kernels need compute capability 8.0 or later, and {device} has {major}.{minor}"
         )
     return None
+
+
+def molecules_and_atoms(inputs: Inputs) -> tuple[int, int]:
+    """`B`, and atoms of the largest molecule, padding included."""
+    if inputs.ptr is None:
+        return inputs.q.shape[0], inputs.q.shape[1]
+    atoms = inputs.max_atoms
+    return inputs.ptr.shape[0] - 1, largest_molecule(inputs.ptr) if atoms < 0 else atoms
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """The same of what may be absent."""
+    return None if x is None else x.contiguous()

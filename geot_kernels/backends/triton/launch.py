@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference import compute_dtype, largest_molecule
+from ...reference import compute_dtype
+from ..gpu import contiguous, molecules_and_atoms
 from ..inputs import Inputs
 from .radial import GAUSSIANS, KNOTS, ROWS, WORDS
 from .tables import MAX_WORDS, rows_of, words_of
@@ -45,12 +46,7 @@ class Problem:
         self.heads, self.head_dim = q.shape[-2:]
         self.dtype = compute_dtype(q.dtype)
         self.rows = q.shape[:-2].numel()
-        if inputs.ptr is None:
-            self.molecules, self.atoms = q.shape[:2]
-        else:
-            self.molecules = inputs.ptr.shape[0] - 1
-            atoms = inputs.max_atoms
-            self.atoms = largest_molecule(inputs.ptr) if atoms < 0 else atoms
+        self.molecules, self.atoms = molecules_and_atoms(inputs)
         self.features = tuple(self._addressable(x) for x in (q, inputs.k, inputs.v))
         strides = [_strides(x, inputs.ptr is not None) for x in self.features]
         self.strides = tuple(n for three in strides for n in three)
@@ -66,11 +62,11 @@ class Problem:
         self.tensors = (
             inputs.positions.contiguous(),
             radial,
-            _contiguous(inputs.affine),
-            _contiguous(inputs.mask),
-            _contiguous(inputs.ptr),
-            _contiguous(inputs.atom_types) if inputs.pair_index is not None else None,
-            _contiguous(inputs.pair_index),
+            contiguous(inputs.affine),
+            contiguous(inputs.mask),
+            contiguous(inputs.ptr),
+            contiguous(inputs.atom_types) if inputs.pair_index is not None else None,
+            contiguous(inputs.pair_index),
         )
         self.num_types = 1 if inputs.pair_index is None else inputs.pair_index.shape[0]
         self.numbers = (
@@ -190,7 +186,3 @@ def _alignment(*strides: int) -> int:
     for n in strides:
         bits |= n
     return bits & -bits
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
