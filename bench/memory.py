@@ -1,23 +1,16 @@
-"""Memory of a forward+backward of N atoms: `python -m bench.memory [N]`, in its own process.
-
-Prints the peak beyond inputs, outputs and gradients, in MB of 10^6 bytes. The peak is that of the
-process' resident memory, set back before the call (Linux), so it counts all that the call touches.
-"""
+"""Memory of a pass, at its peak: of PyTorch's allocator on a GPU, else resident memory (Linux)."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .problems import BiasProblem
 from .ways import Way
 
 STATUS = Path("/proc/self/status")
@@ -49,20 +42,6 @@ def return_free_memory() -> None:
         libc.malloc_trim(0)
 
 
-def extra_bytes(atoms: int) -> int:
-    """Peak memory of a forward+backward beyond inputs, output and gradients, table given."""
-    BiasProblem(1, 64).ours().backward()  # libraries, threads
-    way = BiasProblem(1, atoms).ours()
-    return_free_memory()
-    reset_peak()
-    before = resident_bytes("VmRSS")
-    leaves = (*way.inputs, *way.parameters)
-    out = way.function(*way.inputs)
-    gradients = torch.autograd.grad(out, leaves, way.cotangent)
-    after = resident_bytes("VmHWM")
-    return after - before - sum(x.nbytes for x in (out, *gradients))
-
-
 def of_a_pass(way: Way, name: str) -> tuple[float, float]:
     """Memory of a pass that ran before, in MB: at its peak, and how much of that is extra.
 
@@ -87,27 +66,3 @@ def of_a_pass(way: Way, name: str) -> tuple[float, float]:
     inputs = sum(x.nbytes for x in (*way.inputs, *way.parameters))
     extra = peak - before - sum(x.nbytes for x in tensors)
     return (peak - before + inputs) / 1e6, extra / 1e6
-
-
-def in_a_process(atoms: int) -> float:
-    """Measures in a fresh process: MB."""
-    threads = str(torch.get_num_threads())
-    command = [sys.executable, "-m", "bench.memory", str(atoms), "--threads", threads]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return float(done.stdout)
-
-
-def main() -> None:
-    """Prints the number."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("atoms", type=int, nargs="?", default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(extra_bytes(arguments.atoms) / 1e6)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -195,7 +196,11 @@ def pair_distance(positions: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def gaussian_score_mod(
-    positions: Tensor, centers: list[float], gammas: list[float], weights: Tensor
+    positions: Tensor,
+    centers: list[float],
+    gammas: list[float],
+    weights: Tensor,
+    mask: Tensor | None = None,
 ) -> Callable[..., Tensor]:
     """A `score_mod` that adds a sum of Gaussians; it knows no vectors, so the sum is unrolled."""
     log2e = 1.4426950408889634
@@ -204,23 +209,38 @@ def gaussian_score_mod(
         dist = pair_distance(positions, b, i, j)
         for n, (center, gamma) in enumerate(zip(centers, gammas, strict=True)):
             score = score + weights[h, n] * torch.exp2((dist - center) ** 2 * (-gamma * log2e))
-        return score
+        return score if mask is None else torch.where(mask[b, j], score, -math.inf)
 
     return score_mod
 
 
-def table_score_mod(positions: Tensor, knots: Tensor, r_max: float) -> Callable[..., Tensor]:
-    """A `score_mod` that adds the spline of a table from 0 to `r_max`; knots `[G+1, 2, H]`."""
+def table_score_mod(
+    positions: Tensor,
+    knots: Tensor,
+    r_min: float,
+    r_max: float,
+    mask: Tensor | None = None,
+    maps: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Callable[..., Tensor]:
+    """A `score_mod` that adds the spline of a table, knots `[G+1, 2, H]`.
+
+    `maps`: atom types `[B, N]`, the number of each pair of types `[T, T]`, and `(m, c)` `[P, 2]`.
+    """
     intervals = knots.shape[0] - 1
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        dist = pair_distance(positions, b, i, j)
-        at = torch.clamp(dist * (intervals / r_max), max=float(intervals))
+        z = pair_distance(positions, b, i, j)
+        if maps is not None:
+            types, index, affine = maps
+            pair = index[types[b, i], types[b, j]]
+            z = affine[pair, 0] * z + affine[pair, 1]
+        at = torch.clamp((z - r_min) * (intervals / (r_max - r_min)), 0.0, float(intervals))
         g = torch.clamp(at.to(torch.int32), max=intervals - 1)
         t = at - g
         u = 1 - t
         low = (1 + 2 * t) * u * u * knots[g, 0, h] + t * u * u * knots[g, 1, h]
         high = t * t * (3 - 2 * t) * knots[g + 1, 0, h] - t * t * u * knots[g + 1, 1, h]
-        return score + low + high
+        score = score + low + high
+        return score if mask is None else torch.where(mask[b, j], score, -math.inf)
 
     return score_mod
