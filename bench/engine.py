@@ -304,7 +304,7 @@ class Engine:
         """Times what can run, without those that fail while they are timed."""
         settings = self.settings
         while calls:
-            start, before = time.perf_counter(), timing.preemptions()
+            others = timing.watch()
             try:
                 with self.deadline.limit():
                     times = timing.interleaved(
@@ -323,11 +323,11 @@ class Engine:
             except Exception as error:  # of the device, which does not say whose it is
                 self._stop_if_broken(error)
                 raise
-            lost = (timing.preemptions() - before) / (time.perf_counter() - start)
+            busy = others()
             for function, values in times.items():
                 found[function].times = values
                 found[function].row |= rows.numbers(values)
-                found[function].row["preemptions_per_s"] = f"{lost:.1f}"
+                found[function].row["other_cores"] = busy
                 found[function].row["wall_ms"] = f"{walls[function] / 1e3:.4g}"
             return
 

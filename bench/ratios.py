@@ -41,7 +41,7 @@ PROVENANCE = {
 }
 SCALING = {"scaling-n": ("atoms", "N"), "scaling-b": ("molecules", "B")}
 SETTING = tuple(name for name in UNIT if name != "pass")
-BUSY, FITTED = 30.0, 4  # preemptions a second; the largest sizes, to which exponents are fitted
+BUSY, FITTED = 0.15, 4  # cores used by others; the largest sizes, to which exponents are fitted
 
 Row = dict[str, str]
 Unit = dict[str, Row]  # by function, in one pass of one setting
@@ -219,7 +219,7 @@ def caption(rows: Iterable[Row], names: Iterable[str] = ()) -> str:
     for name in names or PROVENANCE:
         values = list(dict.fromkeys(row[name] for row in rows if row[name]))
         parts += [PROVENANCE[name].format(", ".join(values))] if values else []
-    if any((number(row, "preemptions_per_s") or 0) > BUSY for row in rows):
+    if any((number(row, "other_cores") or 0) > BUSY for row in rows):
         parts.append("other processes were running")
     return "; ".join(parts)
 

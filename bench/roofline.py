@@ -12,7 +12,6 @@ launches, tabulating, and reading a tensor again because the caches are smaller 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from . import rows, timing
 
 MACHINE_COLUMNS = (
     *("measure", "dtype", "value", "unit", "lower_quartile", "upper_quartile"),
-    "preemptions_per_s",
+    "other_cores",
     *("device", "threads", "machine", "processor", "python", "torch", "triton", "cuda"),
     *("geot_kernels", "commit"),
 )
@@ -204,13 +203,13 @@ def _rate(
     device: str, call: Callable[[], Any], amount: float, columns: tuple[str, str, str]
 ) -> dict[str, str]:
     """How much of something a second, of calls that do an amount of it each."""
-    start, before = time.perf_counter(), timing.preemptions()
+    others = timing.watch()
     times = timing.interleaved({"": call}, ROUNDS, measure=timing.stopwatch(device))[""]
-    lost = (timing.preemptions() - before) / (time.perf_counter() - start)
+    busy = others()
     found = rows.quartiles([amount / us * 1e6 for us in times])
     names = ("lower_quartile", "value", "upper_quartile")
     values = {name: f"{value:.4g}" for name, value in zip(names, found, strict=True)}
-    values["preemptions_per_s"] = f"{lost:.1f}"
+    values["other_cores"] = busy
     return {**dict(zip(("measure", "dtype", "unit"), columns, strict=True)), **values}
 
 

@@ -36,13 +36,14 @@ COLUMNS = (
     *KEY,
     *("mean_atoms", *NUMBERS, "wall_ms", "rounds"),
     *("extra_memory_mb", "peak_memory_mb", "least_traffic_mb", "gflop"),
-    *("worst_result", "relative_error", "error_budget", "reason", "preemptions_per_s"),
+    *("worst_result", "relative_error", "error_budget", "reason", "other_cores"),
     *("machine", "processor", "python", "torch", "triton", "cuda", "geot_kernels", "commit"),
 )
 """`mean_atoms`: real atoms of a molecule. `*_ms`: by CUDA events on a GPU; `wall_ms`: the median
 by the clock, until the device is done. `extra_memory_mb`: at the peak, beyond inputs, outputs and
 gradients; `peak_memory_mb`: with them (MB of 10^6 bytes). `least_traffic_mb`, `gflop`: what the
-pass must move and compute (`bench.roofline`). `reason`: why there is no time."""
+pass must move and compute (`bench.roofline`). `reason`: why there is no time. `other_cores`: that
+other processes kept busy, on average, while the unit was timed."""
 
 
 class Rows:

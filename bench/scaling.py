@@ -164,16 +164,16 @@ class Size:
         """Times calls in turn, which took that many seconds when each was made once."""
         if not calls:
             return
-        start, before = time.perf_counter(), timing.preemptions()
+        others = timing.watch()
         times = self._times(calls, seconds, timing.stopwatch(self.device))
-        lost = (timing.preemptions() - before) / (time.perf_counter() - start)
+        busy = others()
         wall_us = timing.wall_us(time.perf_counter, self._wait)
         for function, values in times.items():
             cuda = self.device == "cuda"
             walls = [wall_us(calls[function], 1) for _ in range(FEW)] if cuda else values
             wall_ms = rows.quartiles(walls)[1] / 1e3
             found[function] |= rows.numbers(values)
-            found[function] |= {"wall_ms": f"{wall_ms:.4g}", "preemptions_per_s": f"{lost:.1f}"}
+            found[function] |= {"wall_ms": f"{wall_ms:.4g}", "other_cores": busy}
 
     def _times(
         self, calls: timing.Functions, seconds: float, stopwatch: timing.Stopwatch

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .rows import quartiles
 
+STAT = Path("/proc/stat")
 SAMPLE_US = 5000.0  # as many calls make one number
 SLOW_US = 50_000.0  # one call slower than that makes a number without an untimed one before it
 WARM_UP = 3
 FEWEST = 5  # rounds, however slow
-IDLE = 30.0  # preemptions a second; with more of them, other processes take part in the times
 
 Functions = dict[str, Callable[[], Any]]
 Times = dict[str, list[float]]  # us of one call, by round
@@ -115,6 +116,20 @@ def _first_sight(function: Callable[[], Any], measure: Stopwatch) -> float:
     return min(measure(function, 1) for _ in range(WARM_UP))
 
 
-def preemptions() -> int:
-    """How often the system took the processor away from a thread of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+def elsewhere_s() -> float:
+    """Processor time, s, that all other processes have taken so far (Linux; else 0).
+
+    How often a process is preempted says little: with as many threads as cores the system's own
+    upkeep preempts one of them some hundred times a second.
+    """
+    if not STAT.exists():
+        return 0.0
+    user, nice, system, _, _, *interrupts = map(int, STAT.read_text().split()[1:9])
+    ticks = user + nice + system + sum(interrupts)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def watch() -> Callable[[], str]:
+    """Begins to watch other processes; what it returns gives the column `other_cores`."""
+    start, before = time.perf_counter(), elsewhere_s()
+    return lambda: f"{(elsewhere_s() - before) / (time.perf_counter() - start):.2f}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -181,3 +183,19 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="other columns"):
         rows.Rows(path)
     assert path.read_text() == "case,function\n"
+
+
+def test_other_processes_are_noticed_and_this_one_is_not():
+    def busy_elsewhere(seconds):
+        start, before = time.perf_counter(), timing.elsewhere_s()
+        while time.perf_counter() - start < seconds:
+            pass
+        return (timing.elsewhere_s() - before) / (time.perf_counter() - start)
+
+    alone = busy_elsewhere(1.0)
+    loop = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(loop) as other:
+        time.sleep(0.2)
+        beside = busy_elsewhere(1.0)
+        other.kill()
+    assert beside > 0.2 and beside > alone - 0.5  # alone may be busy too: tests run in parallel

@@ -183,10 +183,10 @@ def test_models_are_compared_with_their_own_attention(tmp_path):
 
 
 def test_captions_name_every_commit_and_the_noise():
-    rows = [row("a", 1.0), row("b", 1.0, commit="def5678-dirty", preemptions_per_s="12.0")]
+    rows = [row("a", 1.0), row("b", 1.0, commit="def5678-dirty", other_cores="0.12")]
     quiet = "CPU, 2 cores; a processor; 2 threads; torch 2.13.0; geot_kernels 0.1.0; "
     assert ratios.caption(rows) == quiet + "commit abc1234, def5678-dirty"
-    rows[0]["preemptions_per_s"] = "31.0"
+    rows[0]["other_cores"] = "0.31"
     assert ratios.caption(rows).endswith("; other processes were running")
 
 
