@@ -155,7 +155,9 @@ def bench(pytestconfig: pytest.Config) -> Iterator[Bench]:
     yield made
     if pytestconfig.option.benchmark:
         found = ratios.read(made.folder)
-        pytestconfig.stash[TABLES] = report.write(found).splitlines() if found.rows() else []
+        if found.rows():
+            report.write(found)
+            pytestconfig.stash[TABLES] = report.summary(found).splitlines()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -278,7 +278,9 @@ def run(asked: argparse.Namespace, device: str, folder: Path) -> int:
         if measuring.wait() != BROKEN:
             break
         summary.append("a process broke the device and was started again")
-    found = report.write(ratios.read(folder)).splitlines()
+    device_rows = ratios.read(folder)
+    report.write(device_rows)
+    found = report.summary(device_rows).splitlines()
     failed = failures(folder, rows.where(device, asked.backend, asked.commit)["commit"])
     print("\n".join(["", "== summary", *environment(device), *summary, *found, *failed]))
     print("\n".join(static_times.table(folder)))

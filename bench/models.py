@@ -39,9 +39,10 @@ from geot_model.model import GeoT
 
 from . import geometry
 from .rows import numbers, where
-from .timing import interleaved, stopwatch
+from .timing import interleaved, stopwatch, watch
 from .ways import relative_error
 
+STABLE = 0.02  # share of itself to which a median is to be known
 OURS, ORIGINAL, COMPILED = "ours", "original attention", "original attention, compiled"
 BUDGET = {"loss": 1e-5, "gradient": 2e-4}
 """Largest allowed difference in float32, relative to the largest number of the result. Measured
@@ -460,9 +461,13 @@ def measure(
     for step in timed.values():
         step()  # the optimizers have their state from here on
     columns = {n: _peak_memory(step, device) for n, step in timed.items()}
-    times = interleaved(timed, rounds, measure=stopwatch(device), at_most_s=at_most_s)
+    others = watch()
+    times = interleaved(
+        timed, rounds, measure=stopwatch(device), at_most_s=at_most_s, stable=STABLE
+    )
+    busy = others()
     for n, values in times.items():
-        columns[n] |= numbers(values)
+        columns[n] |= {**numbers(values), "other_cores": busy}
     columns |= {n: {"reason": reason} for n, reason in reasons.items()}
     unit = where(device, backend or "") | _unit(name, size, functions[OURS])
     return [{**unit, "function": n, **columns[n]} for n in functions]

@@ -304,6 +304,16 @@ def stale(readme_text: str, results: Path = RESULTS) -> list[str]:
     return [name for name in wanted if name not in made or fresh[name] not in readme_text]
 
 
+def summary(device: Device) -> str:
+    """The tables that stand in a README, and where the rest is."""
+    parts = [caption(device.rows())]
+    for name, make in BLOCKS.items():
+        table = make(device)
+        parts += [f"{name}:", table] if table else []
+    parts.append(f"More tables and plots: {device.folder / 'report.md'}")
+    return "\n\n".join(parts)
+
+
 def write(device: Device) -> str:
     """Writes plots and `report.md`, and returns its text."""
     drawn: list[Path] = []
