@@ -21,6 +21,7 @@ KERNELS := kernels
 endif
 PYTEST := $(PY) -m pytest $(PYTEST_ARGS)
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses $(JOBS) --dist worksteal)
+GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py) # other files may import what a GPU machine lacks
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-gpu lint kernels clean
@@ -37,7 +38,7 @@ test: $(KERNELS)
 
 test-gpu: $(KERNELS)
 	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("make test-gpu: torch %s sees no CUDA device" % torch.__version__)'
-	$(PYTEST) -m gpu
+	$(PYTEST) -m gpu $(GPU_TESTS)
 
 lint: $(SETUP)
 	$(PY) -m ruff check .

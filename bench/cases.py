@@ -35,10 +35,9 @@ from geot_kernels.radial import (
     RadialMLP,
 )
 
-from .geometry import load
+from .geometry import Geometry, load
 from .problems import BiasProblem, Problem, gaussian_sum
 
-SIZES = ("full", "quick", "check")
 Radial = gk.GaussianSum | nn.Module
 
 
@@ -89,14 +88,25 @@ class Case:
             molecules, atoms = min(molecules, 2), 24 if molecules == 1 else atoms
         return replace(self, molecules=molecules, atoms=atoms)
 
+    def batch(self) -> Geometry:
+        """The molecules."""
+        return load(self.geometry, self.molecules, max_atoms=self.atoms or None, heavy=self.heavy)
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, float]:
+        """Molecules, width of the padded batch, real atoms of a molecule; no device is asked."""
+        if not self.geometry:
+            return self.molecules, self.atoms, self.atoms
+        mask = self.batch().mask
+        return *mask.shape, float(mask.sum()) / len(mask)
+
     def problem(self, device: str, dtype: torch.dtype) -> Problem:
         """The tensors."""
         if not self.geometry:
             shape = self.molecules, self.atoms, self.heads, self.head_dim, self.gaussians
             return BiasProblem(*shape, device=device, dtype=dtype)
         torch.manual_seed(0)
-        atoms = self.atoms or None
-        geometry = load(self.geometry, self.molecules, max_atoms=atoms, heavy=self.heavy)
+        geometry = self.batch()
         r_min, r_max, knots = self.table
         return Problem(
             geometry,

@@ -20,8 +20,7 @@ from . import ratios, report, rows
 from .cases import all_cases
 from .engine import Engine, Outcome, Settings, Unit
 from .peers import OWN, functions, is_float
-
-PASSES = ("forward", "backward+table", "force_step")
+from .ways import MEASURED
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,7 +90,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for key, case in all_cases(options.device).items()
         if wanted(metafunc.config, key)
         for dtype in options.dtype
-        for name in PASSES
+        for name in MEASURED
     ]
     both = [
         pytest.param(unit, function, id=f"{unit}: {function}")

@@ -13,7 +13,8 @@ from . import rows
 
 COLUMNS = (
     *("target", "unit", "mae_geot", "mae_linear", "mae_mean", "seconds"),
-    *("device", "threads", "machine", "processor", "python", "torch", "geot_kernels", "commit"),
+    *("device", "threads", "machine", "processor", "python", "torch", "triton"),
+    *("geot_kernels", "commit"),
 )
 
 

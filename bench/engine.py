@@ -28,6 +28,7 @@ WAY_S = 150.0
 WALL_ROUNDS = 5
 COLD = "compiled only where it is measured"
 QUICK = "not compiled in a quick run"
+SLOW = "not ready after"
 
 BROKEN = "illegal (memory|instr|addr)|misaligned addr|launch fail|device-side assert|uncorrectable"
 
@@ -104,7 +105,16 @@ class TooSlow(BaseException):
 
 
 class BrokenDevice(RuntimeError):
-    """After an error on the device, such as an illegal access, nothing more can run there."""
+    """After an error on the device, such as an illegal access, nothing more can run there.
+
+    Args:
+        reason: What it said.
+        function: The way that broke it; "" where that is not known.
+    """
+
+    def __init__(self, reason: str, function: str = "") -> None:
+        super().__init__(reason)
+        self.function = function
 
 
 class Deadline:
@@ -210,15 +220,13 @@ class Engine:
 
     def columns(self, unit: Unit) -> dict[str, str]:
         """What identifies the rows of a unit, but for the function."""
-        problem = self._make(unit)
-        molecules, atoms, heads, dim = problem.features[0].shape
-        mask = problem.mask
-        real = atoms if mask is None else float(mask.sum()) / molecules
+        case = unit.case
+        molecules, atoms, real = case.shape
         return {
             **self._where,
-            **{"case": unit.case.name, "pass": unit.name, "dtype": unit.dtype, "mode": unit.mode},
-            **{"molecules": str(molecules), "atoms": str(atoms), "heads": str(heads)},
-            **{"head_dim": str(dim), "gaussians": str(unit.case.gaussians)},
+            **{"case": case.name, "pass": unit.name, "dtype": unit.dtype, "mode": unit.mode},
+            **{"molecules": str(molecules), "atoms": str(atoms), "heads": str(case.heads)},
+            **{"head_dim": str(case.head_dim), "gaussians": str(case.gaussians)},
             "mean_atoms": f"{real:.4g}",
         }
 
@@ -262,30 +270,40 @@ class Engine:
         error: Exception | None = None
         try:
             with self.deadline.limit():
-                self._make(unit).losses(unit.name, "table")  # the oracle, outside a way's limit
+                problem = self._make(unit)  # and the oracle, outside a way's limit
+                outcome.reason = self._why_not(unit, function, problem)
+                if outcome.reason:
+                    return None
+                problem.losses(unit.name, "table")
+                problem.expected(unit.name, PEERS[function].oracle)
             with self.deadline.limit(self.settings.way_s):
                 return self._checked(unit, function, outcome, remember)
         except TooSlow:
-            outcome.reason = f"not ready after {self.settings.way_s:.0f} s"
+            outcome.reason = f"{SLOW} {self.settings.way_s:.0f} s"
         except Exception as failure:
             error, outcome.reason = failure, reason_of(failure)
         if error is not None:
-            self._stop_if_broken(error)
+            self._stop_if_broken(error, function)
             error.__traceback__ = None  # which holds tensors
         release(self.settings.device)
         return None
 
+    def _why_not(self, unit: Unit, function: str, problem: Problem) -> str:
+        """Why a way is not tried; "" where it is."""
+        peer = PEERS[function]
+        reason = peer.why_not(problem)
+        if reason or not peer.compiles:
+            return reason or ""
+        if not self.settings.compile:
+            return COLD
+        waits = unit.case.compiles and unit.name != "force_step" and function == COMPILED
+        return QUICK if self.settings.quick and not waits else ""
+
     def _checked(
         self, unit: Unit, function: str, outcome: Outcome, remember: bool
-    ) -> Callable[[], Any] | None:
+    ) -> Callable[[], Any]:
+        """Makes a way, and holds its results against the oracle."""
         problem, peer, name = self._make(unit), PEERS[function], unit.name
-        outcome.reason = peer.why_not(problem) or ""
-        if peer.compiles and not outcome.reason:
-            waits = unit.case.compiles and name != "force_step" and function == COMPILED
-            cold = QUICK if self.settings.quick and not waits else ""
-            outcome.reason = cold if self.settings.compile else COLD
-        if outcome.reason:
-            return None
         way = peer.make(problem, name, self.settings.backend).prepare(name)
         call = way.call(name) if unit.mode == "eager" else captured(way.call(name))
         result, error, budget = problem.verify(
@@ -318,7 +336,8 @@ class Engine:
             except _Failed as failed:
                 del calls[failed.function]
                 found[failed.function].reason = reason_of(failed.error)
-                self._stop_if_broken(failed.error)
+                self._stop_if_broken(failed.error, failed.function)
+                release(settings.device)
                 continue
             except Exception as error:  # of the device, which does not say whose it is
                 self._stop_if_broken(error)
@@ -341,9 +360,9 @@ class Engine:
             for name, call in calls.items()
         }
 
-    def _stop_if_broken(self, error: Exception) -> None:
+    def _stop_if_broken(self, error: Exception, function: str = "") -> None:
         if re.search(BROKEN, str(error)) is not None:
-            raise BrokenDevice(reason_of(error)) from error
+            raise BrokenDevice(reason_of(error), function) from error
 
 
 def least_work(problem: Problem, name: str) -> dict[str, str]:

@@ -1,46 +1,67 @@
 """Everything that a GPU must answer: `python -m bench.gpu [--seconds S]`, in 9 minutes.
 
-From a bare checkout with torch, triton, numpy, pytest and a compiler; nothing is installed. In
-this order, each stage in processes of its own, so that one that breaks the device ends alone:
+From a bare checkout with torch, triton, numpy, pytest, pytest-benchmark and a compiler; nothing
+is installed. In this order, each stage in processes of its own:
 
-    build      the CUDA kernels for this GPU, and beside it the static report, which needs no GPU
-    tests      pytest -m gpu
-    cases      limits of the machine, then all cases, the most telling ones first, scaling, models
+    build      the CUDA kernels for this GPU; beside it the tests of Triton's
+    tests      the others marked gpu
+    measure    limits of the machine, all cases, the most telling ones first, whole models, growth,
+               then cases again with what has to be compiled
     summary    environment, tests, what failed, tables, the static report beside measured times
 
 Rows are written as they come, to `bench/results/<device>`. When time is over, the same command
-does what is missing: what has a row of the same commit is done.
+does what is missing: what has a row of the same commit is done, and tests that passed are. What
+breaks the device, or ends the process, is a row that says so, and a fresh process goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import json
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import geot_kernels as gk
-
 from . import models, ratios, report, roofline, rows, scaling, static_times
 from .cases import CASES, all_cases, grid
-from .engine import BrokenDevice, Deadline, Engine, OutOfTime, Settings, Unit
-from .peers import BUILT, OURS, OWN, PEERS, functions
-from .ways import PASSES
+from .engine import BROKEN as BREAKS
+from .engine import (
+    BrokenDevice,
+    Deadline,
+    Engine,
+    OutOfTime,
+    Settings,
+    Unit,
+    reason_of,
+    release,
+)
+from .peers import BUILT, COMPILED, OURS, OWN, PEERS, functions
+from .ways import MEASURED
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 520.0
-SUMMARY_S, TESTS_S, BUILD_S = 20.0, 170.0, 240.0
-MAIN = PASSES[:3]  # forward, forward+backward, force step
+SUMMARY_S, TESTS_S, BUILD_S, SLACK_S = 20.0, 150.0, 150.0, 20.0
+SHOWN = 25  # lines
+TESTS = ROOT / "tests"
 FIRST = ("grid-512x64-8", "grid-1024x32-8", "grid-2048x16-8", "grid-256x128-8")
-BROKEN, RESTARTS = 3, 4
+BROKEN, RESTARTS, OFTEN = 3, 10, 2
+BROKE = "broke the device"
+MARKER = "running.json"
+FILES = {*CASES, "grid", "scaling-n", "scaling-b", "models"}
 
 
 @dataclass(frozen=True)
@@ -66,17 +87,22 @@ def plan(device: str, backend: str, dtypes: Sequence[str], size: str = "full") -
         Task(Unit(case, name, dtype), ways(name, False))
         for case in cases
         for dtype in dtypes
-        for name in MAIN
+        for name in MEASURED
     ]
     small = [case for case in cases if case.file == "grid" and case.atoms <= 32]
     replays = [
         Task(Unit(case, name, dtype, "graph"), (OURS, BUILT, "plain"))
         for case in small
         for dtype in dtypes
-        for name in MAIN[:2]
+        for name in MEASURED[:2]
         if device == "cuda"
     ]
-    compiled = [replace(task, functions=ways(task.unit.name, True)) for task in tasks]
+    telling = {found[name].of_size(size) for name in [*first[:2], *CASES]}
+    compiled = [
+        replace(task, functions=ways(task.unit.name, True))
+        for task in tasks
+        if task.unit.case in telling
+    ]
     return [*tasks, *replays, *compiled]
 
 
@@ -91,19 +117,48 @@ class Results:
     def __init__(self, folder: Path, commit: str) -> None:
         self.folder, self.commit = folder, commit
 
-    def add(self, file: str, found: Sequence[dict[str, str]]) -> None:
-        """Writes rows."""
-        rows.Rows(self.folder / f"{file}.csv").add(found)
+    def add(self, file: str, found: Iterable[dict[str, str]]) -> None:
+        """Writes rows, with the commit."""
+        made = [{**row, "commit": self.commit} for row in found]
+        rows.Rows(self.folder / f"{file}.csv").add(made)
 
-    def done(self, file: str, like: dict[str, str], names: Sequence[str]) -> bool:
-        """Whether all ways have a row of this commit."""
+    def of(self, file: str, **like: str) -> dict[str, dict[str, str]]:
+        """Rows of this commit by function."""
         wanted = {**like, "commit": self.commit}
-        there = {
-            row["function"]
+        return {
+            row["function"]: row
             for row in rows.Rows(self.folder / f"{file}.csv").rows
             if all(row.get(name) == value for name, value in wanted.items())
         }
-        return set(names) <= there
+
+    def broken(self) -> Counter[tuple[str, str, str]]:
+        """How often a way has broken the device, by pass and dtype."""
+        found = [
+            (row["function"], row["pass"], row["dtype"])
+            for path in self.folder.glob("*.csv")
+            if path.stem in FILES
+            for row in rows.Rows(path).rows
+            if row["commit"] == self.commit and row["reason"].startswith(BROKE)
+        ]
+        return Counter(found)
+
+    @contextlib.contextmanager
+    def marked(self, file: str, names: Sequence[str], columns: dict[str, str]) -> Iterator[None]:
+        """While this lasts, a file says what is running: for `ended`, if the process dies."""
+        marker = self.folder / MARKER
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps({"file": file, "names": names, "columns": columns}))
+        yield
+        marker.unlink()
+
+    def ended(self) -> None:
+        """Gives what was running when a process died a row of its own."""
+        marker = self.folder / MARKER
+        if marker.exists():
+            found = json.loads(marker.read_text())
+            columns = {**found["columns"], "reason": f"{BROKE}, or the process: it ended here"}
+            self.add(found["file"], [{**columns, "function": name} for name in found["names"]])
+            marker.unlink()
 
 
 def measure(
@@ -113,14 +168,16 @@ def measure(
     deadline = Deadline(seconds)
     where = rows.where(settings.device, settings.backend, settings.commit)
     results = Results(folder, where["commit"])
+    results.ended()
     engine = Engine(settings, deadline)
     tasks = plan(settings.device, settings.backend, dtypes, size)
     quick = size != "full"
+    first = [task for task in tasks if not compiles(task)]
     stages: list[Callable[[], None]] = [
-        lambda: machine(results, where, settings.device, quick),
-        lambda: units(engine, results, [t for t in tasks if not compiles(t)]),
-        lambda: others(engine, results, deadline, quick),
-        lambda: units(engine, results, [t for t in tasks if compiles(t)]),
+        lambda: machine(results, settings.device, quick),
+        lambda: units(engine, results, first),
+        lambda: others(engine, results, quick),
+        lambda: units(engine, results, [task for task in tasks if compiles(task)]),
     ]
     try:
         for stage in stages:
@@ -129,8 +186,10 @@ def measure(
             stage()
     except OutOfTime:
         print("out of time; the same command continues", flush=True)
+        (folder / MARKER).unlink(missing_ok=True)
     except BrokenDevice as error:
         print(f"the device is unusable now: {error}", flush=True)
+        (folder / MARKER).unlink(missing_ok=True)
         return BROKEN
     return 0
 
@@ -140,58 +199,100 @@ def compiles(task: Task) -> bool:
     return any(PEERS[name].compiles for name in task.functions)
 
 
-def machine(results: Results, where: dict[str, str], device: str, quick: bool) -> None:
+def machine(results: Results, device: str, quick: bool) -> None:
     """The limits of the machine."""
     table = rows.Rows(
         results.folder / "machine.csv", roofline.MACHINE_COLUMNS, roofline.MACHINE_KEY
     )
-    if not any(row["commit"] == results.commit for row in table.rows):
-        table.add([{**row, "commit": where["commit"]} for row in roofline.machine(device, quick)])
+    if any(row["commit"] == results.commit for row in table.rows):
+        return
+    try:
+        table.add([{**r, "commit": results.commit} for r in roofline.machine(device, quick)])
+    except Exception as error:  # the cases are worth more than the roofline
+        print(f"machine: {reason_of(error)}", flush=True)
 
 
 def units(engine: Engine, results: Results, tasks: Sequence[Task]) -> None:
     """Measures what is missing of some tasks."""
     for task in tasks:
         unit, file = task.unit, task.unit.case.file or task.unit.case.name
-        like = {k: v for k, v in engine.columns(unit).items() if k in rows.UNIT}
-        if results.done(file, like, task.functions):
+        columns = engine.columns(unit)
+        known = results.of(file, **{name: columns[name] for name in rows.UNIT})
+        if set(task.functions) <= set(known):
             continue
-        try:
-            found = engine.measure(unit, task.functions)
-        except BrokenDevice as error:
-            reason = {"reason": f"broke the device, one of these: {error}"}
-            found_rows = [
-                {**engine.columns(unit), "function": n, **reason} for n in task.functions
-            ]
-            results.add(file, found_rows)
-            raise
-        results.add(file, [outcome.row for outcome in found.values()])
-        ours = found[OURS].row.get("median_ms") or found[OURS].reason
-        floor = found["plain"].row.get("median_ms", "") if "plain" in found else ""
-        print(f"{unit}: ours {ours} ms, plain {floor} ms", flush=True)
+        often = results.broken()
+        broken = {n for n, row in known.items() if row["reason"].startswith(BROKE)}
+        broken |= {n for n in task.functions if often[n, unit.name, unit.dtype] >= OFTEN}
+        reason = {"reason": f"{BROKE} in other cases"}
+        results.add(file, [{**columns, "function": n, **reason} for n in broken - set(known)])
+        names = [name for name in task.functions if name not in broken]
+        with results.marked(file, [n for n in names if n not in known], columns):
+            one_unit(engine, results, Task(unit, tuple(names)))
 
 
-def others(engine: Engine, results: Results, deadline: Deadline, quick: bool) -> None:
-    """Scaling with N and with B, and whole models."""
+def one_unit(engine: Engine, results: Results, task: Task) -> None:
+    """Measures a unit, and writes its rows."""
+    unit, file = task.unit, task.unit.case.file or task.unit.case.name
+    columns = engine.columns(unit)
+    try:
+        found = engine.measure(unit, task.functions)
+    except BrokenDevice as error:
+        guilty = [error.function] if error.function else task.functions
+        reason = {"reason": f"{BROKE}: {error}"}
+        results.add(file, [{**columns, "function": name, **reason} for name in guilty])
+        raise
+    except Exception as error:
+        reason = {"reason": reason_of(error)}
+        results.add(file, [{**columns, "function": name, **reason} for name in task.functions])
+        print(f"{unit}: {reason}", flush=True)
+        release(engine.settings.device)
+        return
+    results.add(file, [outcome.row for outcome in found.values()])
+    shown = [name for name in (OURS, "plain", COMPILED) if name in found]
+    texts = [f"{name} {found[name].row.get('median_ms') or found[name].reason}" for name in shown]
+    print(f"{unit}: {', '.join(texts)}", flush=True)
+
+
+def others(engine: Engine, results: Results, quick: bool) -> None:
+    """Whole models, and growth with N and with B, as far as they have no rows."""
     device, backend = engine.settings.device, engine.settings.backend
-    for file, found in chunks(device, backend, quick):
-        with deadline.limit():
-            pass
-        commit = {"commit": results.commit}
-        results.add(file, [{**row, **commit} for row in found])
-        print(f"{file}: {found[0]['case']}, {len(found)} rows", flush=True)
-
-
-def chunks(device: str, backend: str, quick: bool) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Rows beside the cases, a few at a time, with the names of their files."""
-    dtype = torch.float32
-    for found in scaling.measure_n(device, backend, quick, "float32", 60.0):
-        yield "scaling-n", found
-    for found in scaling.measure_b(device, backend, quick, "float32", 30.0):
-        yield "scaling-b", found
+    size = "quick" if quick else "full"
     for name in models.MODELS:
-        size = "quick" if quick else "full"
-        yield "models", models.measure(name, size, device, dtype, backend, 25, 8.0)
+        if not results.of("models", case=name):
+            with engine.deadline.limit():
+                chunk(
+                    *(results, "models", name),
+                    lambda name=name: [
+                        models.measure(name, size, device, torch.float32, backend, 25, 8.0)
+                    ],
+                )
+    kinds = {
+        "scaling-n": [(1, n) for n in scaling.sizes_n(device, quick)],
+        "scaling-b": [(b, scaling.SMALL) for b in scaling.sizes_b(device, quick)],
+    }
+    for file, shapes in kinds.items():
+        for molecules, atoms in shapes:
+            like = {"molecules": str(molecules), "atoms": str(atoms), "pass": MEASURED[-1]}
+            if results.of(file, **like):
+                continue
+            one = scaling.Size(file, molecules, atoms, device, backend, "float32", quick, 2.0)
+            with engine.deadline.limit():
+                chunk(results, file, f"{molecules} x {atoms}", one.measure)
+
+
+def chunk(
+    results: Results, file: str, name: str, make: Callable[[], Iterable[list[dict[str, str]]]]
+) -> None:
+    """Writes rows as they are made; an error ends these, not the run."""
+    try:
+        for found in make():
+            results.add(file, found)
+    except Exception as error:
+        print(f"{file}, {name}: {reason_of(error)}", flush=True)
+        if re.search(BREAKS, str(error)):
+            raise BrokenDevice(reason_of(error)) from error
+    else:
+        print(f"{file}, {name}: measured", flush=True)
 
 
 def environment(device: str) -> list[str]:
@@ -205,13 +306,11 @@ def environment(device: str) -> list[str]:
         lines.append(f"{found.multi_processor_count} multiprocessors")
     tools = ("nvcc", "ninja", "c++", "ncu", "compute-sanitizer")
     lines.append("tools: " + ", ".join(f"{x} {'yes' if shutil.which(x) else 'no'}" for x in tools))
-    missing = gk.available_backends(device)
-    lines += [f"backend {name}: {reason or 'can run'}" for name, reason in missing.items()]
     return [*lines, f"system: {platform.platform()}"]
 
 
 class Stage:
-    """A command in a process of its own, its output in memory.
+    """A command in a process of its own.
 
     Args:
         title: For the summary.
@@ -225,29 +324,31 @@ class Stage:
     ) -> None:
         self.title, self.end = title, time.monotonic() + seconds
         path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+        # A pipe that nobody reads would fill up.
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment},
-            stdout=subprocess.PIPE,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
-            text=True,
+            start_new_session=True,
         )
         self.lines: list[str] = []
 
     def wait(self) -> int:
         """The exit status; 124 where time was over."""
-        start = time.monotonic()
         try:
-            out, _ = self._process.communicate(timeout=max(self.end - start, 0.1))
-            status = self._process.returncode
+            status = self._process.wait(max(self.end - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            out, _ = self._process.communicate()
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it has started, too
+            self._process.wait()
             status = 124
-        self.lines = out.splitlines()
+        self._output.seek(0)
+        self.lines = self._output.read().splitlines()
+        self._output.close()
         print(f"== {self.title}: exit status {status}", flush=True)
-        print("\n".join(self.lines[-25:]), flush=True)
+        print("\n".join(self.lines[-SHOWN:]), flush=True)
         return status
 
 
@@ -261,30 +362,55 @@ def run(asked: argparse.Namespace, device: str, folder: Path) -> int:
 
     print("\n".join(environment(device)), flush=True)
     summary: list[str] = []
-    status = 0
-    if device == "cuda" and not asked.no_tests:
-        arch = ".".join(map(str, torch.cuda.get_device_capability()))
-        build = stage("build", "geot_kernels", "build", seconds=BUILD_S, TORCH_CUDA_ARCH_LIST=arch)
-        build.wait()
-        tests = stage("tests", "pytest", "-m", "gpu", "-q", "--tb=line", seconds=TESTS_S)
-        status = tests.wait()
-        summary += ["tests: " + line for line in tests.lines[-30:]]
+    failed = False
+    done = folder / f"tests-passed-{asked.commit or rows.where(device)['commit']}"
+    if device == "cuda" and not asked.no_tests and not done.exists():
+        for tests in build_and_test(stage):
+            failed |= tests.wait() != 0
+            found = [line for line in tests.lines if re.search("FAILED|ERROR", line)]
+            summary += [f"{tests.title}: {line}" for line in [*found[-SHOWN:], *tests.lines[-1:]]]
+        if not failed:
+            folder.mkdir(parents=True, exist_ok=True)
+            done.touch()
     for _ in range(RESTARTS):
         seconds = deadline.left() - SUMMARY_S
-        if seconds < 5:
+        if seconds < 2 * SLACK_S:
             break
-        options = ["--measure", "--seconds", f"{seconds - 5:.0f}", *passed_on(asked)]
+        options = ["--measure", "--seconds", f"{seconds - SLACK_S:.0f}", *passed_on(asked)]
         measuring = stage("measure", "bench.gpu", *options, seconds=seconds)
-        if measuring.wait() != BROKEN:
+        status = measuring.wait()
+        if status in (0, 124):
             break
-        summary.append("a process broke the device and was started again")
+        failed = True
+        summary.append(f"the process that measures ended with {status} and was started again")
+    wrong = failures(folder, rows.where(device, asked.backend, asked.commit)["commit"])
+    print("\n".join(["", "== summary", *environment(device), *summary, *wrong]), flush=True)
+    with contextlib.suppress(Exception):  # what was measured is written, whatever happens here
+        print("\n".join(tables(folder)), flush=True)
+    return 1 if failed or wrong else 0
+
+
+def tables(folder: Path) -> list[str]:
+    """What the rows say."""
     device_rows = ratios.read(folder)
+    if not device_rows.rows():
+        return ["no rows"]
     report.write(device_rows)
-    found = report.summary(device_rows).splitlines()
-    failed = failures(folder, rows.where(device, asked.backend, asked.commit)["commit"])
-    print("\n".join(["", "== summary", *environment(device), *summary, *found, *failed]))
-    print("\n".join(static_times.table(folder)))
-    return 1 if status or failed else 0
+    return [*report.summary(device_rows).splitlines(), *static_times.table(folder)]
+
+
+def build_and_test(stage: Callable[..., Stage]) -> Iterator[Stage]:
+    """Builds the CUDA kernels while Triton's are tested, then tests the rest."""
+    parallel = ("-n", "6") if importlib.util.find_spec("xdist") else ()
+    arch = ".".join(map(str, torch.cuda.get_device_capability()))
+    build = stage("build", "geot_kernels", "build", seconds=BUILD_S, TORCH_CUDA_ARCH_LIST=arch)
+    files = [str(x) for x in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in x.read_text()]
+    test = ("pytest", *files, "-m", "gpu", "-v", "--tb=line", *parallel, "-k")
+    triton = stage("tests of Triton", *test, "triton", seconds=TESTS_S)
+    yield build
+    others = stage("other tests", *test, "not triton", seconds=TESTS_S)
+    yield triton
+    yield others
 
 
 def passed_on(asked: argparse.Namespace) -> list[str]:
@@ -301,7 +427,7 @@ def failures(folder: Path, commit: str) -> list[str]:
     return [
         f"OURS FAILED: {path.stem}: " + ", ".join(row[n] for n in named)
         for path in sorted(folder.glob("*.csv"))
-        if path.stem in {*all_cases("cuda"), "grid", "scaling-n", "scaling-b", "models"}
+        if path.stem in FILES
         for row in rows.Rows(path).rows
         if row["function"] in OWN and row["reason"] and row["commit"] == commit
     ]
@@ -332,6 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(asked.device, asked.backend, commit=asked.commit)
     if asked.tiny:
         settings = replace(settings, rounds=2, unit_s=0.1, compile=False)
+    elif asked.device == "cuda":
+        settings = replace(settings, unit_s=2.5)
     size = "check" if asked.tiny else "full"
     return measure(settings, folder, asked.seconds, asked.dtype, size)
 

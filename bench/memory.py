@@ -59,8 +59,10 @@ def of_a_pass(way: Way, name: str) -> tuple[float, float]:
         reset_peak()
         before = resident_bytes("VmRSS")
     gc.disable()  # what it frees would be missing from the peak
-    result = call()
-    gc.enable()
+    try:
+        result = call()
+    finally:
+        gc.enable()
     peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
     tensors = [result] if isinstance(result, Tensor) else [*result, way.cotangent]  # as the output
     inputs = sum(x.nbytes for x in (*way.inputs, *way.parameters))

@@ -83,7 +83,7 @@ class Peer:
 def _eager_compiled(problem: Problem, name: str, backend: str) -> Way:
     if name == "force_step":
         return compiled_force_step(problem.eager())
-    return compiled(problem.eager(), fresh=False)
+    return compiled(problem.eager())
 
 
 def _cuequivariance(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -110,11 +110,9 @@ PEERS = {
     "eager": Peer(lambda p, *_: p.eager(), filters=True),
     COMPILED: Peer(_eager_compiled, filters=True, compiles=True),
     "eager MATH": Peer(lambda p, *_: p.math(), only_forces=True),
-    "FlexAttention, Gaussians": Peer(
-        lambda p, *_: compiled(p.flex(), fresh=False), strict=True, compiles=True
-    ),
+    "FlexAttention, Gaussians": Peer(lambda p, *_: compiled(p.flex()), strict=True, compiles=True),
     "FlexAttention, table": Peer(
-        lambda p, *_: compiled(p.flex_table(), fresh=False),
+        lambda p, *_: compiled(p.flex_table()),
         "table",
         True,
         strict=True,

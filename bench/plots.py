@@ -141,6 +141,7 @@ def scaling(device: Device, name: str) -> Figure | None:
     for line, pass_name in zip(panels, passes, strict=True):
         some = [row for row in rows if row["pass"] == pass_name]
         for panel, (column, unit) in zip(line, columns.items(), strict=True):
+            panel.set_visible(any(row[column] for row in some))
             for points in report.series(some, axis):
                 _line(panel, points, (axis, symbol, column), rows)
             _sizes_axis(panel, some, axis, f"{axis}, {symbol}")

@@ -30,7 +30,6 @@ from .ways import (
     Results,
     Way,
     budgets,
-    compiled,
     errors,
     gaussian_score_mod,
     table_score_mod,
@@ -365,10 +364,6 @@ class Problem:
 
         return attention
 
-    def compiled(self) -> Way:
-        """Eager PyTorch under `torch.compile`."""
-        return compiled(self.eager())
-
     def bias_given(self, attention: Callable[..., Tensor] | None = None) -> Way:
         """PyTorch's attention with a bias that was computed before, for all layers to share.
 
@@ -397,9 +392,10 @@ class Problem:
         single.cotangent = self.cotangent.float()
         totals = {n: torch.zeros_like(x, dtype=torch.float64) for n, x in parameters.items()}
         self._replace(single, parameters)
-        for b, d_bias in enumerate(results["d bias"]):
-            pairs = single.radial_of_pairs(self.positions[b : b + 1], self.types[b : b + 1])
-            cotangent = d_bias.float().permute(1, 2, 0)[None]
+        some = max(LOSS_PAIRS // self.positions.shape[1] ** 2, 1)  # molecules at a time
+        for few in (slice(b, b + some) for b in range(0, len(self.positions), some)):
+            pairs = single.radial_of_pairs(self.positions[few], self.types[few])
+            cotangent = results["d bias"][few].float().permute(0, 2, 3, 1)
             found = torch.autograd.grad(pairs, list(parameters.values()), cotangent)
             for name, gradient in zip(parameters, found, strict=True):
                 totals[name] += gradient

@@ -34,7 +34,6 @@ PASSES = {
     "backward": "forward+backward, of the inputs alone",
     "training": "forward+backward, of all but positions",
 }
-MAIN_PASSES = tuple(PASSES)[:3]
 PROVENANCE = {
     **{"device": "{}", "processor": "{}", "threads": "{} threads", "torch": "torch {}"},
     **{"triton": "triton {}", "geot_kernels": "geot_kernels {}", "commit": "commit {}"},
@@ -49,11 +48,12 @@ Unit = dict[str, Row]  # by function, in one pass of one setting
 
 @dataclass
 class Device:
-    """Rows of a folder by the name of their file, and the speeds that the roofline is made of."""
+    """Rows of a folder by the name of their file; speeds for the roofline; what the demo gives."""
 
     folder: Path
     files: dict[str, list[Row]] = field(default_factory=dict)
     machine: list[Row] = field(default_factory=list)
+    demo: list[Row] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def named(self) -> list[Row]:
@@ -104,8 +104,8 @@ def read(folder: Path) -> Device:
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            if path.stem == "machine":
-                device.machine = list(reader)
+            if path.stem in ("machine", "demo"):
+                setattr(device, path.stem, list(reader))
             elif tuple(reader.fieldnames or ()) != COLUMNS:
                 device.skipped.append(path.name)
             elif rows := list(reader):

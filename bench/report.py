@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from .engine import COLD, QUICK, SLOW
 from .peers import PLAIN, opponent
 from .ratios import (
     CARRIES_GEOMETRY,
     FITTED,
     FUNCTIONS,
-    MAIN_PASSES,
     PASSES,
     SCALING,
     SETTING,
@@ -45,9 +45,15 @@ from .ratios import (
     units,
 )
 from .rows import KEY, RESULTS, UNIT
+from .ways import MEASURED
 
 README = Path(__file__).parents[1] / "README.md"
 NOTHING = "Not measured yet."
+ERRORS = {
+    "mae_geot": "GeoT",
+    "mae_linear": "linear model on element counts",
+    "mae_mean": "always the mean",
+}
 
 
 def cell(unit: Unit, function: str, machine: Iterable[Row], notes: Notes) -> str:
@@ -92,12 +98,12 @@ def headline(device: Device) -> str:
     lines = []
     for setting in grouped(rows, SETTING):
         passes = units(setting)
-        found = [passes.get(name, {}) for name in MAIN_PASSES]
+        found = [passes.get(name, {}) for name in MEASURED]
         columns = [
-            [_own(unit, name) for unit, name in zip(found, MAIN_PASSES, strict=True)],
+            [_own(unit, name) for unit, name in zip(found, MEASURED, strict=True)],
             [_floor(unit) for unit in found],
             [_best(unit, notes) for unit in found],
-            [_first(faster(unit, name) for name in ("eager", "eager MATH")) for unit in found],
+            [_eager(unit) for unit in found],
         ]
         lines.append([label(setting[0], rows), *(" / ".join(column) for column in columns)])
     if not lines:
@@ -130,13 +136,26 @@ def _floor(unit: Unit) -> str:
 
 
 def _best(unit: Unit, notes: Notes) -> str:
-    """The smallest ratio among peers that carry geometry, and whose it is."""
+    """The smallest ratio among peers that carry geometry, whose it is, and who was not asked."""
     found = {name: faster(unit, name) for name in ordered(unit, FUNCTIONS)}
     known = {n: r for n, r in found.items() if r is not None and n in CARRIES_GEOMETRY}
     if not known:
         return "–"
     name = min(known, key=lambda name: known[name].value)
-    return str(known[name]) + notes.mark(name)
+    absent = [n for n, row in unit.items() if n in CARRIES_GEOMETRY and _not_tried(row)]
+    return str(known[name]) + notes.mark(", without ".join([name, *absent]))
+
+
+def _not_tried(row: Row) -> bool:
+    """Whether a way might have run, but nobody waited for it."""
+    return row["reason"] in (COLD, QUICK) or row["reason"].startswith(SLOW)
+
+
+def _eager(unit: Unit) -> str:
+    """Against eager PyTorch, with the attention that suits it best."""
+    found = [faster(unit, name) for name in ("eager", "eager MATH")]
+    known = [ratio for ratio in found if ratio is not None]
+    return _first(sorted(known, key=lambda ratio: ratio.value)[:1])
 
 
 def _first(ratios: Iterable[Ratio | None]) -> str:
@@ -151,8 +170,8 @@ def grid(device: Device) -> str:
         row = setting[0]
         size = ", ".join([f"{row['molecules']} × {row['atoms']}", *extras(row, rows)])
         passes = units(setting)
-        forward, backward, forces = (passes.get(name, {}) for name in MAIN_PASSES)
-        against = _first(faster(forces, name) for name in ("eager MATH", "eager"))
+        forward, backward, forces = (passes.get(name, {}) for name in MEASURED)
+        against = _eager(forces)
         compiled = _first([faster(backward, "compiled eager")])
         lines.append([size, _floor(forward), _floor(backward), compiled, against])
     if not lines:
@@ -216,7 +235,20 @@ def _scaling(device: Device, name: str) -> str:
     return _joined(markdown(head, lines), notes)
 
 
+def demo(device: Device) -> str:
+    """What `make demo` ends with."""
+    lines = [
+        [f"{row['target']}, {row['unit']}", *(f"{float(row[n]):.3f}" for n in ERRORS)]
+        for row in device.demo
+    ]
+    if not lines:
+        return ""
+    table = markdown(["mean absolute error", *ERRORS.values()], lines)
+    return f"After {device.demo[0]['seconds']} s:\n\n{table}"
+
+
 BLOCKS: dict[str, Callable[[Device], str]] = {
+    "demo": demo,
     "headline": headline,
     "grid": grid,
     "models": models,
@@ -273,6 +305,8 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
 def _shown(device: Device, block: str) -> list[Row]:
     if block == "headline":
         return device.named()
+    if block == "demo":
+        return device.demo
     return device.files["scaling-n" if block == "scaling" else block]
 
 
@@ -308,7 +342,7 @@ def summary(device: Device) -> str:
     """The tables that stand in a README, and where the rest is."""
     parts = [caption(device.rows())]
     for name, make in BLOCKS.items():
-        table = make(device)
+        table = make(device) if name != "demo" else ""
         parts += [f"{name}:", table] if table else []
     parts.append(f"More tables and plots: {device.folder / 'report.md'}")
     return "\n\n".join(parts)

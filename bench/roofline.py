@@ -129,7 +129,6 @@ def cost(
     score: str,
     table_bytes: int,
     dtype: torch.dtype,
-    with_positions: bool = True,
 ) -> Cost:
     """What a pass must at least move and compute.
 
@@ -142,12 +141,8 @@ def cost(
         score: "bias", with softmax, or "filter", with the linear normalizer.
         table_bytes: Of the table, and of its gradient.
         dtype: Of features; positions and row statistics are float32 or wider.
-        with_positions: Whether a backward pass gives their gradient; a force step always does.
     """
-    names = PARTS[pass_name]
-    if not with_positions and pass_name != "force_step":
-        names = tuple(name for name in names if name != "positions")
-    parts = [COUNTS[score][name] for name in names]
+    parts = [COUNTS[score][name] for name in PARTS[pass_name]]
     channels = heads if score == "bias" else heads * head_dim
     wide = torch.promote_types(dtype, torch.float32).itemsize
     traffic = sum(
@@ -163,13 +158,6 @@ def cost(
         for part in parts
     )
     return Cost(traffic, twice // 2)
-
-
-def limit_ms(cost: Cost, copy_gb_s: float, tflop_s: float) -> tuple[float, str]:
-    """The least time on a machine, and what binds there: "memory" or "compute"."""
-    memory = cost.least_traffic_bytes / copy_gb_s / 1e6
-    compute = cost.operations / tflop_s / 1e9
-    return max((memory, "memory"), (compute, "compute"))
 
 
 # What a machine gives.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ FEATURES = ("q", "k", "v", "positions")
 PASSES = ("forward", "backward+table", "force_step", "backward", "training")
 """`backward`: q, k, v, positions (or the bias); `+table`: and the radial parameters; `training`:
 these, but not the positions; `force_step`: see `Way.force_step`."""
+MEASURED = PASSES[:3]  # by the suite
 
 Results = dict[str, Tensor]
 
@@ -112,34 +113,9 @@ class Way:
         loss = energies.square().sum() + slope.square().sum()
         return torch.autograd.grad(loss, (*self.inputs[:3], *self.parameters))
 
-    def atoms_first(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Results of any pass, features as `[B, N, H, D]`."""
-        if not self.heads_first:
-            return list(results)
-        return [x.transpose(1, 2) if x.ndim == 4 else x for x in results]
-
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def check(ours: Way, other: Way, passes: Sequence[str], mask: Tensor | None = None) -> None:
-    """Holds our results against another way's.
-
-    Raises:
-        RuntimeError: One differs by more than `BUDGET`.
-    """
-    for name in passes:
-        results = []
-        for way in (ours, other):
-            result = getattr(way, name)()
-            results.append(way.atoms_first([result] if isinstance(result, Tensor) else result))
-        if name == "forward" and mask is not None:
-            results = [[out[mask] for out in outs] for outs in results]
-        for number, (got, expected) in enumerate(zip(*results, strict=True)):
-            error = relative_error(got, expected)
-            if not error <= BUDGET[kind(name)]:  # a NaN fails too
-                raise RuntimeError(f"{name}, result {number}: relative error {error:.1e}")
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -163,10 +139,8 @@ def budgets(name: str, losses: dict[str, float], dtype: torch.dtype) -> dict[str
     return {result: allowed + 2 * loss for result, loss in losses.items()}
 
 
-def compiled(way: Way, fresh: bool = True) -> Way:
-    """A way under `torch.compile`, for these shapes alone; `fresh` forgets what was compiled."""
-    if fresh:
-        torch._dynamo.reset()  # beyond a number of recompilations it would go on uncompiled
+def compiled(way: Way) -> Way:
+    """A way under `torch.compile`, for these shapes alone."""
     way.function = torch.compile(way.function, dynamic=False, fullgraph=True)
     return way
 

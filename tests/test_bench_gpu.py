@@ -7,18 +7,23 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import engine, gpu, rows, static_times
 from bench.engine import BrokenDevice, Engine, Outcome, Settings, Unit
 from bench.peers import OURS, functions
+from bench.ways import MEASURED
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bfloat16", "float32")
 SETTINGS = Settings("cpu", "eager", rounds=1, unit_s=0.0, compile=False, commit="this")
+CASE = "torchmd-et-md17"
 
 
 def read(path):
@@ -34,55 +39,174 @@ def test_the_most_telling_units_come_first_and_none_comes_twice():
     assert names[4:12] == list(gpu.CASES)
     late = [gpu.compiles(task) for task in tasks]
     assert late == sorted(late)  # what takes compiling comes last
+    compiled = {t.unit.case.name for t in tasks if gpu.compiles(t)}
+    assert compiled == {*gpu.CASES, "grid-512x64", "grid-1024x32"}
     replayed = {t.unit.case.atoms for t in tasks if t.unit.mode == "graph"}
     assert replayed == {16, 32}
     assert not any(t.unit.mode == "graph" for t in gpu.plan("cpu", "cpu", DTYPES))
     every = {name for task in tasks for name in task.functions}
-    assert every == {n for p in gpu.MAIN for n in functions(p, "cuda", "triton")}
+    assert every == {n for p in MEASURED for n in functions(p, "cuda", "triton")}
 
 
 @pytest.fixture
-def _one_task(monkeypatch):
-    """Leaves one unit of the plan, and nothing beside the cases."""
+def _few_tasks(monkeypatch):
+    """Leaves the units of one case, and nothing beside the cases."""
     right = gpu.plan
 
     def short(*arguments):
-        task = next(t for t in right(*arguments) if t.unit.case.name == "torchmd-et-md17")
-        return [task]
+        return [t for t in right(*arguments) if t.unit.case.name == CASE][:2]
 
     monkeypatch.setattr(gpu, "plan", short)
     monkeypatch.setattr(gpu, "machine", lambda *_: None)
     monkeypatch.setattr(gpu, "others", lambda *_: None)
 
 
-@pytest.mark.usefixtures("_one_task")
+def measure(folder, **settings):
+    return gpu.measure(replace(SETTINGS, **settings), folder, 60, ["float32"], "check")
+
+
+@pytest.mark.usefixtures("_few_tasks")
 def test_a_second_run_does_what_is_missing(tmp_path, monkeypatch):
-    path = tmp_path / "torchmd-et-md17.csv"
-    assert gpu.measure(SETTINGS, tmp_path, 60, ["float32"], "check") == 0
+    path = tmp_path / f"{CASE}.csv"
+    assert measure(tmp_path) == 0
     found = read(path)
-    assert {row["commit"] for row in found} == {"this"}
+    assert {row["commit"] for row in found} == {"this"} and not (tmp_path / gpu.MARKER).exists()
     measured = []
     right = Engine.measure
     monkeypatch.setattr(Engine, "measure", lambda *a: measured.append(a) or right(*a))
-    gpu.measure(SETTINGS, tmp_path, 60, ["float32"], "check")
+    measure(tmp_path)
     assert not measured and read(path) == found
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
-    gpu.measure(SETTINGS, tmp_path, 60, ["float32"], "check")
+    measure(tmp_path)
     assert len(measured) == 1 and len(read(path)) == len(found)
+    measure(tmp_path, commit="another")
+    assert len(measured) == 3 and {row["commit"] for row in read(path)} == {"another"}
 
 
-@pytest.mark.usefixtures("_one_task")
-def test_a_broken_device_is_a_row_and_an_exit_status(tmp_path, monkeypatch):
-    def broken(*_):
-        raise BrokenDevice("an illegal memory access")
+@pytest.mark.usefixtures("_few_tasks")
+def test_what_breaks_the_device_is_a_row_and_is_not_tried_again(tmp_path, monkeypatch):
+    right, tried = Engine.measure, []
+
+    def broken(engine, unit, names):
+        tried.append(names)
+        if "eager" in names:
+            raise BrokenDevice("an illegal memory access", "eager")
+        return right(engine, unit, names)
 
     monkeypatch.setattr(Engine, "measure", broken)
-    assert gpu.measure(SETTINGS, tmp_path, 60, ["float32"], "check") == gpu.BROKEN
-    found = read(tmp_path / "torchmd-et-md17.csv")
-    assert all("broke the device" in row["reason"] for row in found)
-    assert gpu.measure(SETTINGS, tmp_path, 60, ["float32"], "check") == 0  # it is not tried again
-    assert len(gpu.failures(tmp_path, "this")) == 2 and not gpu.failures(tmp_path, "other")
+    assert measure(tmp_path) == gpu.BROKEN
+    (row,) = read(tmp_path / f"{CASE}.csv")
+    assert row["function"] == "eager" and "broke the device: an illegal" in row["reason"]
+    assert measure(tmp_path) == gpu.BROKEN  # the other unit
+    assert measure(tmp_path) == 0
+    assert "eager" not in tried[-1] and "ours" in tried[-1]
+    found = read(tmp_path / f"{CASE}.csv")
+    assert {r["function"] for r in found if r["reason"].startswith(gpu.BROKE)} == {"eager"}
+    assert not gpu.failures(tmp_path, "this")
+
+
+@pytest.mark.usefixtures("_few_tasks")
+def test_a_way_that_breaks_twice_is_left_out_elsewhere(tmp_path, monkeypatch):
+    like = {**rows.where("cpu", "eager", "this"), "pass": "forward", "dtype": "float32"}
+    reason = {"function": "eager", "reason": f"{gpu.BROKE}: illegal"}
+    rows.Rows(tmp_path / "grid.csv").add({**like, **reason, "case": case} for case in "ab")
+    assert measure(tmp_path) == 0
+    found = {(r["pass"], r["function"]): r["reason"] for r in read(tmp_path / f"{CASE}.csv")}
+    assert found["forward", "eager"] == f"{gpu.BROKE} in other cases"
+    assert found["backward+table", "eager"] == found["forward", "ours"] == ""
+
+
+@pytest.mark.usefixtures("_few_tasks")
+def test_a_process_that_died_leaves_rows_behind_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    right = Engine.measure
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path)
+    assert (tmp_path / gpu.MARKER).exists()
+    monkeypatch.setattr(Engine, "measure", right)
+    assert measure(tmp_path) == 0
+    found = read(tmp_path / f"{CASE}.csv")
+    ended = [r["pass"] for r in found if "it ended here" in r["reason"]]
+    assert set(ended) == {"forward"} and len(gpu.failures(tmp_path, "this")) == 2
+    assert any(r["median_ms"] for r in found if r["pass"] == "backward+table")
+
+
+@pytest.mark.usefixtures("_few_tasks")
+def test_an_error_ends_a_unit_and_not_the_run(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(Engine, "measure", fails)
+    assert measure(tmp_path) == 0
+    found = read(tmp_path / f"{CASE}.csv")
+    assert {r["reason"] for r in found} == {"OSError: no such file"}
+    assert {r["pass"] for r in found} == {"forward", "backward+table"}
+
+
+def test_what_stands_beside_the_cases_is_measured_once(tmp_path, monkeypatch):
+    asked = []
+
+    def model(name, *_):
+        asked.append(name)
+        if name == "b":
+            raise RuntimeError("no")
+        return [{**rows.where("cpu"), "case": name, "function": OURS}]
+
+    def size(self):
+        asked.append((self.case, self.molecules, self.atoms))
+        like = {"case": self.case, "molecules": str(self.molecules), "atoms": str(self.atoms)}
+        for name in MEASURED:
+            yield [{**rows.where("cpu"), **like, "pass": name, "function": OURS}]
+
+    monkeypatch.setattr(gpu.models, "MODELS", dict.fromkeys("abc"))
+    monkeypatch.setattr(gpu.models, "measure", model)
+    monkeypatch.setattr(gpu.scaling.Size, "measure", size)
+    results = gpu.Results(tmp_path, "this")
+    gpu.others(Engine(SETTINGS), results, quick=True)
+    assert asked[:3] == ["a", "b", "c"] and ("scaling-n", 1, 2048) in asked
+    assert {r["commit"] for r in read(tmp_path / "scaling-b.csv")} == {"this"}
+    asked.clear()
+    gpu.others(Engine(SETTINGS), results, quick=True)
+    assert asked == ["b"]  # which failed
+
+
+def arguments(folder, **others):
+    named = {"seconds": 300.0, "device": "cpu", "backend": "cpu", "dtype": ["float32"]}
+    named |= {"rows": folder, "no_tests": True, "commit": "this", "tiny": True}
+    return Namespace(**{**named, **others})
+
+
+@pytest.mark.parametrize(
+    ("statuses", "started", "expected"),
+    [([0], 1, 0), ([124], 1, 0), ([gpu.BROKEN, 0], 2, 1), ([-11, gpu.BROKEN, 0], 3, 1)],
+)
+def test_a_process_that_ends_badly_is_started_again(
+    statuses, started, expected, tmp_path, monkeypatch, capsys
+):
+    left, commands = iter(statuses), []
+
+    class Fake:
+        lines = ("text",)
+
+        def __init__(self, title, command, *_):
+            commands.append((title, command))
+
+        def wait(self):
+            return next(left)
+
+    monkeypatch.setattr(gpu, "Stage", Fake)
+    assert gpu.run(arguments(tmp_path), "cpu", tmp_path) == expected
+    assert [title for title, _ in commands] == ["measure"] * started
+    command = commands[0][1]
+    assert command[command.index("--commit") + 1] == "this" and "--tiny" in command
+    assert float(command[command.index("--seconds") + 1]) < 300 - gpu.SUMMARY_S
+    printed = capsys.readouterr().out
+    assert "== summary" in printed and "no rows" in printed
 
 
 def test_nothing_is_begun_when_time_is_over(tmp_path, monkeypatch, capsys):
@@ -163,6 +287,8 @@ def test_the_suite_measures_writes_rows_and_ends_with_a_table(tmp_path):
     ],
 )
 def test_wrong_options_are_refused_with_what_there_is(arguments, text):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     done = pytest_of(*arguments)
     assert done.returncode == 4 and text in done.stdout + done.stderr
 

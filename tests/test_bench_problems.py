@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import problems
 from bench.cases import CASES, all_cases
 from bench.peers import PEERS, functions, opponent
 from bench.problems import BiasProblem
-from bench.ways import BUDGET, check, errors, gaussian_score_mod, table_score_mod
+from bench.ways import BUDGET, MEASURED, errors, gaussian_score_mod, table_score_mod
 
-PASSES = ("forward", "backward", "force_step")
 UNCOMPILED = [name for name, peer in PEERS.items() if not (peer.compiles or peer.needs)]
 
 
@@ -18,23 +18,8 @@ def small(name: str, dtype: torch.dtype = torch.float32):
     return CASES[name].of_size("check").problem("cpu", dtype)
 
 
-@pytest.mark.parametrize("name", ["eager", "math"])
-def test_plain_pytorch_computes_the_same_bias(name):
-    problem = BiasProblem(2, 9, heads=2, dim=8)
-    ours = problem.ours_building_the_table("eager")
-    check(ours, getattr(problem, name)(), PASSES)
-
-
-def test_a_wrong_result_is_noticed():
-    problem = BiasProblem(2, 9, heads=2, dim=8)
-    ours, other = problem.ours_building_the_table("eager"), problem.eager()
-    other.inputs[3] = (other.inputs[3] * 1.01).detach().requires_grad_()
-    with pytest.raises(RuntimeError, match="relative error"):
-        check(ours, other, ["forward"])
-
-
 @pytest.mark.parametrize("name", ["transformer-m", "torchmd-et-md17"])
-@pytest.mark.parametrize("pass_name", ["forward", "backward+table", "force_step"])
+@pytest.mark.parametrize("pass_name", MEASURED)
 def test_each_result_of_each_pass_is_held_against_the_oracle(name, pass_name):
     problem = small(name)
     way = problem.ours_building_the_table("eager").prepare(pass_name)
@@ -126,6 +111,17 @@ def test_score_mods_have_the_right_gradients(score_mod, padded):
     assert max(found.values()) <= BUDGET["gradient"]
 
 
+@pytest.mark.parametrize("some", [1, 2, 3])
+def test_the_gradient_of_a_given_bias_is_carried_to_the_radial_parameters(some, monkeypatch):
+    problem = small("graphormer3d-pcqm")
+    if some < len(problem.positions):
+        monkeypatch.setattr(problems, "LOSS_PAIRS", some * problem.positions.shape[1] ** 2)
+    way, eager = (x.prepare("backward+table") for x in (problem.bias_given(), problem.eager()))
+    got, expected = (x.named("backward+table", x.backward()) for x in (way, eager))
+    found = errors({n: got[n] for n in ("d radial", "d affine")}, expected)
+    assert max(found.values()) < 1e-5
+
+
 @pytest.mark.parametrize("name", all_cases("cpu"))
 def test_a_case_is_as_large_as_it_says(name):
     case = all_cases("cpu")[name]
@@ -137,6 +133,9 @@ def test_a_case_is_as_large_as_it_says(name):
     channels = case.heads * (case.head_dim if case.score == "filter" else 1)
     assert problem.table.num_channels == channels
     assert (problem.table.affine is not None) == case.mapped
+    molecules, atoms, real = case.of_size("check").shape
+    assert problem.features[0].shape[:2] == (molecules, atoms)
+    assert real == (atoms if problem.mask is None else problem.mask.sum() / molecules)
 
 
 def test_a_way_is_compared_with_the_one_of_ours_that_does_the_same():

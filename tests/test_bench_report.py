@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import ratios, report
+from bench import demo, engine, ratios, report
 from bench.ratios import Notes, Ratio
 from bench.rows import COLUMNS, Rows
 
@@ -234,6 +234,27 @@ def test_a_marker_that_cannot_be_filled_is_refused(tmp_path, text):
     assert len(report.stale(text, tmp_path)) == 1
     with pytest.raises(ValueError, match="bench:"):
         report.filled(text, report.blocks(tmp_path))
+
+
+def test_the_best_peer_is_not_claimed_where_another_was_not_tried(tmp_path):
+    rows = [row("ours", 1.0), row("ours with table", 2.0), row("eager", 9.0)]
+    late = [row("compiled eager", reason=engine.QUICK), row("FlexAttention, table", reason="no")]
+    text = report.headline(ratios.Device(tmp_path, {"case": [*rows, *late]}))
+    assert text.endswith("<sup>1</sup> eager, without compiled eager")
+    math = row("eager MATH", 8.0)
+    text = report.headline(ratios.Device(tmp_path, {"case": [*rows, math]}))
+    assert "| 4.0× / – / – |" in text and text.endswith("<sup>1</sup> eager MATH")
+
+
+def test_what_the_demo_ends_with_is_told(tmp_path):
+    errors = {"mae_geot": "0.1876", "mae_linear": "0.3591", "mae_mean": "0.3877"}
+    line = {"target": "homo", "unit": "eV", "seconds": "61", "device": "CPU, 2 cores", **errors}
+    folder = tmp_path / "cpu"
+    Rows(folder / "demo.csv", demo.COLUMNS, demo.COLUMNS[:1]).add([line])
+    Rows(folder / "grid.csv").add(layer(case="grid-8x128"))
+    text = report.blocks(tmp_path)["demo"]
+    assert text.startswith("CPU, 2 cores:\n\nAfter 61 s:")
+    assert text.endswith("| homo, eV | 0.188 | 0.359 | 0.388 |")
 
 
 def test_readme_says_what_the_rows_say():
