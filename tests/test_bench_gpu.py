@@ -249,12 +249,13 @@ def test_the_static_report_stands_beside_measured_times(tmp_path):
     assert f"model {model:.3g} ms, measured 0.1 ms" in line
 
 
-def pytest_of(*arguments, **variables):
-    """The suite in a process of its own."""
+def pytest_of(*arguments):
+    """The suite in a process of its own, which knows nothing of pytest-xdist around it."""
+    alone = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "bench/", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200", **variables},
+        env={**alone, "COLUMNS": "200"},
         capture_output=True,
         text=True,
     )
