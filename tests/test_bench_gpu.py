@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import engine, gpu, rows, static_times
+from bench import cases, engine, gpu, plan, rows, static_times
 from bench.engine import BrokenDevice, Engine, Outcome, Settings, Unit
 from bench.peers import OURS, functions
 from bench.ways import MEASURED
@@ -32,18 +32,18 @@ def read(path):
 
 
 def test_the_most_telling_units_come_first_and_none_comes_twice():
-    tasks = gpu.plan("cuda", "triton", DTYPES)
+    tasks = plan.plan("cuda", "triton", DTYPES)
     assert len({(t.unit, t.functions) for t in tasks}) == len(tasks)
     assert tasks[0].unit.case.atoms == 64 and tasks[0].unit.dtype == "bfloat16"
     names = list(dict.fromkeys(task.unit.case.name for task in tasks))
-    assert names[4:12] == list(gpu.CASES)
-    late = [gpu.compiles(task) for task in tasks]
+    assert names[4:12] == list(plan.CASES)
+    late = [plan.compiles(task) for task in tasks]
     assert late == sorted(late)  # what takes compiling comes last
-    compiled = {t.unit.case.name for t in tasks if gpu.compiles(t)}
-    assert compiled == {*gpu.CASES, "grid-512x64", "grid-1024x32"}
+    compiled = {t.unit.case.name for t in tasks if plan.compiles(t)}
+    assert compiled == {*plan.CASES, "grid-512x64", "grid-1024x32"}
     replayed = {t.unit.case.atoms for t in tasks if t.unit.mode == "graph"}
     assert replayed == {16, 32}
-    assert not any(t.unit.mode == "graph" for t in gpu.plan("cpu", "cpu", DTYPES))
+    assert not any(t.unit.mode == "graph" for t in plan.plan("cpu", "cpu", DTYPES))
     every = {name for task in tasks for name in task.functions}
     assert every == {n for p in MEASURED for n in functions(p, "cuda", "triton")}
 
@@ -51,18 +51,18 @@ def test_the_most_telling_units_come_first_and_none_comes_twice():
 @pytest.fixture
 def _few_tasks(monkeypatch):
     """Leaves the units of one case, and nothing beside the cases."""
-    right = gpu.plan
+    right = plan.plan
 
     def short(*arguments):
         return [t for t in right(*arguments) if t.unit.case.name == CASE][:2]
 
-    monkeypatch.setattr(gpu, "plan", short)
-    monkeypatch.setattr(gpu, "machine", lambda *_: None)
-    monkeypatch.setattr(gpu, "others", lambda *_: None)
+    monkeypatch.setattr(plan, "plan", short)
+    monkeypatch.setattr(plan, "machine", lambda *_: None)
+    monkeypatch.setattr(plan, "others", lambda *_: None)
 
 
 def measure(folder, **settings):
-    return gpu.measure(replace(SETTINGS, **settings), folder, 60, ["float32"], "check")
+    return plan.measure(replace(SETTINGS, **settings), folder, 60, ["float32"], "check")
 
 
 @pytest.mark.usefixtures("_few_tasks")
@@ -70,7 +70,7 @@ def test_a_second_run_does_what_is_missing(tmp_path, monkeypatch):
     path = tmp_path / f"{CASE}.csv"
     assert measure(tmp_path) == 0
     found = read(path)
-    assert {row["commit"] for row in found} == {"this"} and not (tmp_path / gpu.MARKER).exists()
+    assert {row["commit"] for row in found} == {"this"} and not (tmp_path / plan.MARKER).exists()
     measured = []
     right = Engine.measure
     monkeypatch.setattr(Engine, "measure", lambda *a: measured.append(a) or right(*a))
@@ -95,25 +95,25 @@ def test_what_breaks_the_device_is_a_row_and_is_not_tried_again(tmp_path, monkey
         return right(engine, unit, names)
 
     monkeypatch.setattr(Engine, "measure", broken)
-    assert measure(tmp_path) == gpu.BROKEN
+    assert measure(tmp_path) == plan.BROKEN
     (row,) = read(tmp_path / f"{CASE}.csv")
     assert row["function"] == "eager" and "broke the device: an illegal" in row["reason"]
-    assert measure(tmp_path) == gpu.BROKEN  # the other unit
+    assert measure(tmp_path) == plan.BROKEN  # the other unit
     assert measure(tmp_path) == 0
     assert "eager" not in tried[-1] and "ours" in tried[-1]
     found = read(tmp_path / f"{CASE}.csv")
-    assert {r["function"] for r in found if r["reason"].startswith(gpu.BROKE)} == {"eager"}
-    assert not gpu.failures(tmp_path, "this")
+    assert {r["function"] for r in found if r["reason"].startswith(plan.BROKE)} == {"eager"}
+    assert not plan.failures(tmp_path, "this")
 
 
 @pytest.mark.usefixtures("_few_tasks")
 def test_a_way_that_breaks_twice_is_left_out_elsewhere(tmp_path, monkeypatch):
     like = {**rows.where("cpu", "eager", "this"), "pass": "forward", "dtype": "float32"}
-    reason = {"function": "eager", "reason": f"{gpu.BROKE}: illegal"}
+    reason = {"function": "eager", "reason": f"{plan.BROKE}: illegal"}
     rows.Rows(tmp_path / "grid.csv").add({**like, **reason, "case": case} for case in "ab")
     assert measure(tmp_path) == 0
     found = {(r["pass"], r["function"]): r["reason"] for r in read(tmp_path / f"{CASE}.csv")}
-    assert found["forward", "eager"] == f"{gpu.BROKE} in other cases"
+    assert found["forward", "eager"] == f"{plan.BROKE} in other cases"
     assert found["backward+table", "eager"] == found["forward", "ours"] == ""
 
 
@@ -127,12 +127,12 @@ def test_a_process_that_died_leaves_rows_behind_and_the_next_one_goes_on(tmp_pat
     monkeypatch.setattr(Engine, "measure", dies)
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path)
-    assert (tmp_path / gpu.MARKER).exists()
+    assert (tmp_path / plan.MARKER).exists()
     monkeypatch.setattr(Engine, "measure", right)
     assert measure(tmp_path) == 0
     found = read(tmp_path / f"{CASE}.csv")
     ended = [r["pass"] for r in found if "it ended here" in r["reason"]]
-    assert set(ended) == {"forward"} and len(gpu.failures(tmp_path, "this")) == 2
+    assert set(ended) == {"forward"} and len(plan.failures(tmp_path, "this")) == 2
     assert any(r["median_ms"] for r in found if r["pass"] == "backward+table")
 
 
@@ -163,15 +163,15 @@ def test_what_stands_beside_the_cases_is_measured_once(tmp_path, monkeypatch):
         for name in MEASURED:
             yield [{**rows.where("cpu"), **like, "pass": name, "function": OURS}]
 
-    monkeypatch.setattr(gpu.models, "MODELS", dict.fromkeys("abc"))
-    monkeypatch.setattr(gpu.models, "measure", model)
-    monkeypatch.setattr(gpu.scaling.Size, "measure", size)
-    results = gpu.Results(tmp_path, "this")
-    gpu.others(Engine(SETTINGS), results, quick=True)
+    monkeypatch.setattr(plan.models, "MODELS", dict.fromkeys("abc"))
+    monkeypatch.setattr(plan.models, "measure", model)
+    monkeypatch.setattr(plan.scaling.Size, "measure", size)
+    results = plan.Results(tmp_path, "this")
+    plan.others(Engine(SETTINGS), results, quick=True)
     assert asked[:3] == ["a", "b", "c"] and ("scaling-n", 1, 2048) in asked
     assert {r["commit"] for r in read(tmp_path / "scaling-b.csv")} == {"this"}
     asked.clear()
-    gpu.others(Engine(SETTINGS), results, quick=True)
+    plan.others(Engine(SETTINGS), results, quick=True)
     assert asked == ["b"]  # which failed
 
 
@@ -183,7 +183,7 @@ def arguments(folder, **others):
 
 @pytest.mark.parametrize(
     ("statuses", "started", "expected"),
-    [([0], 1, 0), ([124], 1, 0), ([gpu.BROKEN, 0], 2, 1), ([-11, gpu.BROKEN, 0], 3, 1)],
+    [([0], 1, 0), ([124], 1, 0), ([plan.BROKEN, 0], 2, 1), ([-11, plan.BROKEN, 0], 3, 1)],
 )
 def test_a_process_that_ends_badly_is_started_again(
     statuses, started, expected, tmp_path, monkeypatch, capsys
@@ -210,8 +210,8 @@ def test_a_process_that_ends_badly_is_started_again(
 
 
 def test_nothing_is_begun_when_time_is_over(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "machine", lambda *_: pytest.fail("begun"))
-    assert gpu.measure(SETTINGS, tmp_path, 0, ["float32"], "check") == 0
+    monkeypatch.setattr(plan, "machine", lambda *_: pytest.fail("begun"))
+    assert plan.measure(SETTINGS, tmp_path, 0, ["float32"], "check") == 0
     assert "out of time" in capsys.readouterr().out
 
 
@@ -220,7 +220,7 @@ def test_failures_of_ours_are_found_and_those_of_others_are_not(tmp_path):
     bad = {**like, "function": OURS, "reason": "wrong: out is off by 1"}
     other = {**like, "function": "eager", "reason": "out of memory"}
     rows.Rows(tmp_path / "grid.csv").add([bad, other])
-    (line,) = gpu.failures(tmp_path, "this")
+    (line,) = plan.failures(tmp_path, "this")
     assert line == "OURS FAILED: grid: x, forward, , ours, wrong: out is off by 1"
 
 
@@ -235,7 +235,7 @@ def test_stages_end_in_time_and_keep_what_they_printed():
 
 def test_the_static_report_stands_beside_measured_times(tmp_path):
     assert static_times.table(tmp_path, 132) == []
-    unit = Unit(gpu.grid("cuda")["grid-512x64-8"], "forward", "bfloat16")
+    unit = Unit(cases.grid("cuda")["grid-512x64-8"], "forward", "bfloat16")
     like = {"case": unit.case.name, "pass": "forward", "dtype": "bfloat16", "mode": "eager"}
     like |= {"molecules": "512", "atoms": "64", "heads": "8", "head_dim": "32"}
     rows.Rows(tmp_path / "grid.csv").add([{**like, "function": OURS, "median_ms": "0.1"}])
