@@ -245,7 +245,7 @@ def tabulate(
     its argument.
 
     One table for each pair of types costs memory and time in proportion: `C = 1024`, 15 pairs and
-    1024 knots take 126 MB and about 0.1 s on two CPU cores.
+    1024 knots take 126 MB.
 
     Args:
         fn: Distances `[M]`, Å, to `[M, C]`: a Module or any function. With `num_types=T` and no

@@ -129,8 +129,8 @@ def load_qm9(full: bool = False) -> Molecules:
     """Load QM9, in the order of its index: the sample that ships with the package, or all of it.
 
     Args:
-        full: False for the 3,000 molecules of the sample (25 ms), True for all 130,831, read from
-            the 226 MB of CSV in qm9pack (4 to 7 s, 0.5 GB of memory).
+        full: False for the 3,000 molecules of the sample, True for all 130,831, read from
+            the 226 MB of CSV in qm9pack (some seconds).
 
     Returns:
         The molecules, named "gdb_<index>" with the index that QM9 gives them, from 1.
