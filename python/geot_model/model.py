@@ -33,8 +33,8 @@ QM9_ELEMENTS = (1, 6, 7, 8, 9)
 #     1024 knots up to 31 Å, computed in float32   3.0e-6  2.8e-4  7.1e-3
 #     1024 knots up to 14 Å, computed in float32   1.3e-6  8.5e-5  3.2e-3
 #
-# Beyond 1024 knots a table is computed in float64, and takes several times as long. No two atoms of
-# a molecule in QM9 are further apart than 12.04 Å.
+# Beyond 1024 knots a table is computed in float64, and takes several times as long. No two atoms
+# of a molecule in QM9 are further apart than 12.04 Å.
 R_MAX = 31.0
 NUM_KNOTS = 2048
 
