@@ -23,6 +23,7 @@ from . import memory, roofline, rows, timing
 from .cases import Case
 from .peers import COMPILED, OWN, PEERS, is_float
 from .problems import Problem
+from .ways import refuse_wrong, verdict
 
 WAY_S = 150.0
 WALL_ROUNDS = 5
@@ -75,7 +76,7 @@ class Settings:
     rounds: int = 25
     unit_s: float = 10.0
     way_s: float = WAY_S
-    stable: float = 0.02
+    stable: float = timing.STABLE
     quick: bool = False
     compile: bool = True
     commit: str | None = None
@@ -306,13 +307,9 @@ class Engine:
         problem, peer, name = self._make(unit), PEERS[function], unit.name
         way = peer.make(problem, name, self.settings.backend).prepare(name)
         call = way.call(name) if unit.mode == "eager" else captured(way.call(name))
-        result, error, budget = problem.verify(
-            way, name, call(), peer.oracle, peer.strict, peer.tabulates
-        )
-        outcome.row |= {"worst_result": result, "relative_error": f"{error:.2g}"}
-        outcome.row["error_budget"] = f"{budget:.2g}"
-        if not error <= budget:
-            raise ArithmeticError(f"wrong: {result} is off by {error:.2g}, allowed {budget:.2g}")
+        worst = problem.verify(way, name, call(), peer.oracle, peer.strict, peer.tabulates)
+        outcome.row |= verdict(*worst)
+        refuse_wrong(*worst)
         if remember and unit.mode == "eager":
             peak, extra = memory.of_a_pass(way, name)
             outcome.row |= {"peak_memory_mb": f"{peak:.1f}", "extra_memory_mb": f"{extra:.1f}"}

@@ -17,7 +17,6 @@ breaks the device, or ends the process, is a row that says so, and a fresh proce
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import platform
@@ -136,8 +135,10 @@ def run(asked: argparse.Namespace, device: str, folder: Path) -> int:
         summary.append(f"the process that measures ended with {status} and was started again")
     wrong = failures(folder, rows.where(device, asked.backend, asked.commit)["commit"])
     print("\n".join(["", "== summary", *environment(device), *summary, *wrong]), flush=True)
-    with contextlib.suppress(Exception):  # what was measured is written, whatever happens here
+    try:
         print("\n".join(tables(folder)), flush=True)
+    except Exception as error:  # what was measured is written, whatever happens here
+        print(f"no tables: {type(error).__name__}: {error}", flush=True)
     return 1 if failed or wrong else 0
 
 

@@ -39,10 +39,9 @@ from geot_model.model import GeoT
 
 from . import geometry
 from .rows import numbers, where
-from .timing import interleaved, stopwatch, watch
+from .timing import STABLE, interleaved, stopwatch, watch
 from .ways import relative_error
 
-STABLE = 0.02  # share of itself to which a median is to be known
 OURS, ORIGINAL, COMPILED = "ours", "original attention", "original attention, compiled"
 BUDGET = {"loss": 1e-5, "gradient": 2e-4}
 """Largest allowed difference in float32, relative to the largest number of the result. Measured

@@ -30,6 +30,7 @@ from .ways import (
     Results,
     Way,
     budgets,
+    closest,
     errors,
     gaussian_score_mod,
     table_score_mod,
@@ -188,13 +189,7 @@ class Problem:
         allowed = budgets(name, losses, self.cotangent.dtype)
         if tabulates and name == "force_step" and "d affine" in allowed:
             allowed["d affine"] += self.curvature_error
-
-        def share(result: str) -> float:
-            ratio = got[result] / allowed[result]
-            return ratio if ratio == ratio else math.inf
-
-        worst = max(got, key=share)
-        return worst, got[worst], allowed[worst]
+        return closest(got.items(), allowed)
 
     @functools.cached_property
     def curvature_error(self) -> float:

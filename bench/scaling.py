@@ -14,7 +14,6 @@ resident memory, of a process for each number: `python -m bench.scaling N PASS F
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
 import time
@@ -31,12 +30,12 @@ from . import memory, rows, timing
 from .engine import least_work, reason_of, release
 from .peers import OURS, PEERS, is_float
 from .problems import BiasProblem, own_table
-from .ways import Results, Way, budgets, errors
+from .ways import Results, Way, budgets, closest, errors, refuse_wrong, verdict
 
 HEADS, DIM, GAUSSIANS, SMALL = 8, 32, 64, 32
 FUNCTIONS = dict.fromkeys(("forward", "backward+table"), (OURS, "plain", "eager"))
 FUNCTIONS["force_step"] = (OURS, "eager")
-ROUNDS, FEW, STABLE = 25, 3, 0.02  # numbers of each way; how well medians are to be known
+ROUNDS, FEW = 25, 3  # numbers of each way
 # What eager PyTorch holds at its peak, in arrays [B, N, N, K] of float32; found at N = 1024.
 EAGER_ARRAYS = {"forward": 2.5, "backward+table": 5.5, "force_step": 8.0}
 EAGER_GB = {False: 6.0, True: 1.0}  # that it may take on a CPU; quick
@@ -184,7 +183,7 @@ class Size:
     ) -> timing.Times:
         """Where there is no time to be thorough, just so many rounds as there is time for."""
         if seconds * (timing.WARM_UP + 2 * timing.FEWEST) < self.seconds:
-            limits = {"at_most_s": self.seconds, "stable": STABLE}
+            limits = {"at_most_s": self.seconds, "stable": timing.STABLE}
             return timing.interleaved(calls, ROUNDS, measure=stopwatch, **limits)
         times: timing.Times = {function: [] for function in calls}
         for _ in range(max(int(self.seconds / seconds), FEW)):
@@ -206,17 +205,9 @@ def check(problem: BiasProblem, backend: str, name: str, results: dict[str, Resu
     found = list(some.items())
     if "eager" in results and problem.cotangent.dtype.itemsize >= 4:
         found += errors(results[OURS], results["eager"]).items()
-
-    def share(item: tuple[str, float]) -> float:
-        ratio = item[1] / allowed[item[0]]
-        return math.inf if math.isnan(ratio) else ratio
-
-    worst, error = max(found, key=share)
-    budget = allowed[worst]
-    if not error <= budget:
-        raise ArithmeticError(f"wrong: {worst} is off by {error:.2g}, allowed {budget:.2g}")
-    columns = ("worst_result", "relative_error", "error_budget")
-    return dict(zip(columns, (worst, f"{error:.2g}", f"{budget:.2g}"), strict=True))
+    worst = closest(found, allowed)
+    refuse_wrong(*worst)
+    return verdict(*worst)
 
 
 def check_rows(

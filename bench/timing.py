@@ -17,6 +17,7 @@ SAMPLE_US = 5000.0  # as many calls make one number
 SLOW_US = 50_000.0  # one call slower than that makes a number without an untimed one before it
 WARM_UP = 3
 FEWEST = 5  # rounds, however slow
+STABLE = 0.02  # share of itself to which a median is to be known
 
 Functions = dict[str, Callable[[], Any]]
 Times = dict[str, list[float]]  # us of one call, by round

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,6 +137,31 @@ def budgets(name: str, losses: dict[str, float], dtype: torch.dtype) -> dict[str
     """
     allowed = BUDGET[kind(name)] + torch.finfo(dtype).eps
     return {result: allowed + 2 * loss for result, loss in losses.items()}
+
+
+def closest(
+    found: Iterable[tuple[str, float]], allowed: dict[str, float]
+) -> tuple[str, float, float]:
+    """Which of some errors comes closest to its budget, that error, and that budget."""
+
+    def share(item: tuple[str, float]) -> float:
+        ratio = item[1] / allowed[item[0]]
+        return math.inf if math.isnan(ratio) else ratio
+
+    result, error = max(found, key=share)
+    return result, error, allowed[result]
+
+
+def verdict(result: str, error: float, budget: float) -> dict[str, str]:
+    """Columns of what `closest` found."""
+    columns = ("worst_result", "relative_error", "error_budget")
+    return dict(zip(columns, (result, f"{error:.2g}", f"{budget:.2g}"), strict=True))
+
+
+def refuse_wrong(result: str, error: float, budget: float) -> None:
+    """Raises an ArithmeticError where the error that `closest` found is beyond its budget."""
+    if not error <= budget:  # a NaN fails too
+        raise ArithmeticError(f"wrong: {result} is off by {error:.2g}, allowed {budget:.2g}")
 
 
 def compiled(way: Way) -> Way:

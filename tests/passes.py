@@ -9,6 +9,8 @@ import torch
 from cases import Case
 from torch import Tensor
 
+import geot_kernels as gk
+
 ROUNDING = 1e-11  # float64 sums of some thousand terms in another order
 
 
@@ -107,3 +109,32 @@ def typical_errors(
 def over_budget(errors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Those beyond the budget: twice what the reference loses, and one unit of rounding."""
     return {n: (a, b) for n, (a, b) in errors.items() if not a <= 2 * b + 1}
+
+
+def assert_nothing_of_no_atoms(policy: tuple[str, str], layout: str, backend: str) -> None:
+    """Batches without atoms: all of both orders is 0, and so are weights."""
+    for molecules, atoms in ((0, 0), (0, 5), (3, 0), (2, 4)):
+        shape = (molecules, atoms) if layout != "packed" else (0,)
+        channels = 2 if policy[0] == "bias" else 6
+        q, k, v = (torch.randn(*shape, 2, 3, requires_grad=True) for _ in range(3))
+        positions = torch.randn(*shape, 3, requires_grad=True)
+        knots = torch.randn(1, 9, 2, channels, requires_grad=True)
+        options = {"score": policy[0], "normalizer": policy[1], "backend": backend}
+        if layout == "packed":
+            options["ptr"] = torch.zeros(molecules + 1, dtype=torch.int64)
+        elif layout == "masked":
+            options["mask"] = torch.zeros(shape, dtype=torch.bool)
+        elif atoms and molecules:
+            continue
+        leaves = [q, k, v, positions, knots]
+        table = gk.RadialTable(knots, 0.0, 5.0)
+        out = gk.geo_attention(*leaves[:4], table, **options)
+        assert out.shape == q.shape
+        first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(x.sum() for x in first), leaves, allow_unused=True)
+        for x in (out, *first, *(x for x in second if x is not None)):
+            assert not bool(x.any())
+        del options["normalizer"]
+        with torch.no_grad():
+            weights = gk.attention_weights(q, k, positions, table, **options)
+        assert not bool(weights.any())

@@ -7,10 +7,14 @@ import torch
 from cases import LAYOUTS, NEEDS_CPU, NORMALIZERS, RADIALS, SCORES, VARIANTS, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import ROUNDING, in_float64, largest_difference, passes
+from passes import (
+    ROUNDING,
+    assert_nothing_of_no_atoms,
+    in_float64,
+    largest_difference,
+    passes,
+)
 from test_ops import POLICIES
-
-import geot_kernels as gk
 
 pytestmark = NEEDS_CPU
 SIZES = st.lists(st.sampled_from([0, *range(1, 20), 31, 32, 33, 64, 65, 97]), max_size=9)
@@ -51,26 +55,7 @@ def test_any_shape_agrees_with_plain_pytorch(case, data):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("policy", POLICIES, ids=" ".join)
 def test_batches_without_atoms_give_nothing_and_a_gradient_of_zero(policy, layout):
-    for molecules, atoms in ((0, 0), (0, 5), (3, 0), (2, 4)):
-        shape = (molecules, atoms) if layout != "packed" else (0,)
-        channels = 2 if policy[0] == "bias" else 6
-        q, k, v = (torch.randn(*shape, 2, 3, requires_grad=True) for _ in range(3))
-        positions = torch.randn(*shape, 3, requires_grad=True)
-        knots = torch.randn(1, 9, 2, channels, requires_grad=True)
-        options = {"score": policy[0], "normalizer": policy[1], "backend": "cpu"}
-        if layout == "packed":
-            options["ptr"] = torch.zeros(molecules + 1, dtype=torch.int64)
-        elif layout == "masked":
-            options["mask"] = torch.zeros(shape, dtype=torch.bool)
-        elif atoms and molecules:
-            continue
-        leaves = [q, k, v, positions, knots]
-        out = gk.geo_attention(*leaves[:4], gk.RadialTable(knots, 0.0, 5.0), **options)
-        assert out.shape == q.shape
-        first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(x.sum() for x in first), leaves, allow_unused=True)
-        for x in (out, *first, *(x for x in second if x is not None)):
-            assert not bool(x.any())
+    assert_nothing_of_no_atoms(policy, layout, "cpu")
 
 
 DIFFERENCES = [v for v in VARIANTS if v[2:] in {("affine", "masked"), ("pair tables", "packed")}]

@@ -7,14 +7,13 @@ import torch
 from cases import SCORES, VARIANTS, make_case
 from fused import assert_passes_equal, detached, exact_case, holed, on
 from passes import passes
-from test_cpu_robust import assert_same_bits
+from test_cpu_robust import ATOMS, assert_garbage_shows, assert_same_bits
 from test_ops import POLICIES, operator_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geot_kernels import backends
 from geot_kernels.backends.inputs import Inputs, Tangent
 
-ATOMS = ("q", "k", "v", "positions")
 PASSES = ("attention", "attention_bwd", "attention_bwd_bwd")
 HOLED = [(*policy, radial) for policy in POLICIES for radial in ("pair tables", "affine")]
 HOLED += [("bias", normalizer, "gaussians") for normalizer in ("softmax", "linear")]
@@ -130,15 +129,7 @@ def test_garbage_of_a_real_atom_shows_in_its_molecule_and_nowhere_else(
 ):
     for name in ATOMS if garbage != garbage else ("q", "positions"):
         case = make_case(*variant, sizes=sizes, dtype=torch.float32, coincident=False)
-        with torch.no_grad():
-            case.tensors[name][(0, 2, 1) if name == "positions" else (0, 2, 0, 1)] = garbage
-        got, expected = passes(case, backend), passes(case, "reference")
-        assert torch.equal(got["out"].isfinite(), expected["out"].isfinite()), name
-        for result, x in got.items():
-            if result.split()[-1] in ("out", *ATOMS):
-                assert bool(x[1:].isfinite().all()), f"{name} reached {result} elsewhere"
-            if garbage != garbage and bool(expected[result].isnan().any()):
-                assert bool(x.isnan().any()), f"{name} is lost on the way to {result}"
+        assert_garbage_shows(case, name, garbage, backend)
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -14,11 +14,9 @@ from fused import (
     exact_case,
     on,
 )
-from passes import largest_difference, passes
+from passes import assert_nothing_of_no_atoms, largest_difference, passes
 from test_cpu_robust import assert_same_bits, strided
 from test_ops import POLICIES, operator_arguments
-
-import geot_kernels as gk
 
 SHAPES = {  # N, H, D
     "bias": [
@@ -80,31 +78,7 @@ def test_all_passes_equal_the_reference_for_molecules_of_all_sizes(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("policy", POLICIES, ids=" ".join)
 def test_batches_without_atoms_give_nothing_and_a_gradient_of_zero(policy, layout, backend):
-    for molecules, atoms in ((0, 0), (0, 5), (3, 0), (2, 4)):
-        shape = (molecules, atoms) if layout != "packed" else (0,)
-        channels = 2 if policy[0] == "bias" else 6
-        q, k, v = (torch.randn(*shape, 2, 3, requires_grad=True) for _ in range(3))
-        positions = torch.randn(*shape, 3, requires_grad=True)
-        knots = torch.randn(1, 9, 2, channels, requires_grad=True)
-        options = {"score": policy[0], "normalizer": policy[1], "backend": backend}
-        if layout == "packed":
-            options["ptr"] = torch.zeros(molecules + 1, dtype=torch.int64)
-        elif layout == "masked":
-            options["mask"] = torch.zeros(shape, dtype=torch.bool)
-        elif atoms and molecules:
-            continue
-        leaves = [q, k, v, positions, knots]
-        table = gk.RadialTable(knots, 0.0, 5.0)
-        out = gk.geo_attention(*leaves[:4], table, **options)
-        assert out.shape == q.shape
-        first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(x.sum() for x in first), leaves, allow_unused=True)
-        for x in (out, *first, *(x for x in second if x is not None)):
-            assert not bool(x.any())
-        del options["normalizer"]
-        with torch.no_grad():
-            weights = gk.attention_weights(q, k, positions, table, **options)
-        assert not bool(weights.any())
+    assert_nothing_of_no_atoms(policy, layout, backend)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=" ".join)
