@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import torch
 
 from bench import engine, rows, timing
 from bench.cases import all_cases
-from bench.engine import BrokenDevice, Deadline, Engine, OutOfTime, Settings, Unit
+from bench.engine import BrokenDevice, Deadline, Engine, OutOfTime, Settings, TooSlow, Unit
 from bench.peers import OURS, PEERS, functions
 from bench.ways import MEASURED
 
@@ -126,14 +128,28 @@ def test_a_broken_device_ends_the_run(monkeypatch):
     assert raised.value.function == GIVEN
 
 
-def test_time_is_limited_for_a_way_and_for_all(monkeypatch):
-    put(monkeypatch, lambda right: lambda *inputs: time.sleep(30))
-    found = make(way_s=0.5).measure(unit(), FEW)
-    assert found[GIVEN].reason.startswith("not ready after") and found[OURS].times
+def test_time_is_limited_for_a_way(monkeypatch):
+    put(monkeypatch, lambda right: lambda *inputs: signal.raise_signal(signal.SIGALRM))
+    found = make(way_s=600).measure(unit(), FEW)
+    assert found[GIVEN].reason == "not ready after 600 s" and found[OURS].times
+
+
+def test_time_is_limited_for_all(monkeypatch):
+    put(monkeypatch, lambda right: lambda *inputs: time.sleep(60))
     start = time.monotonic()
     with pytest.raises(OutOfTime):
         Engine(Settings("cpu", "eager"), Deadline(0.5)).measure(unit(), FEW)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
+    with pytest.raises(TooSlow), Deadline().limit(0.01):
+        time.sleep(60)
+
+
+def test_an_end_that_is_overheard_comes_again(monkeypatch):
+    monkeypatch.setattr(engine, "AGAIN_S", 0.05)
+    with pytest.raises(TooSlow), Deadline().limit(0.01):
+        with contextlib.suppress(TooSlow):
+            time.sleep(60)
+        time.sleep(60)
 
 
 def test_compiled_ways_are_left_out_where_nobody_waits_for_them():
