@@ -1,7 +1,7 @@
 """Write the sample of QM9 that ships with geot_model: 3,000 molecules, drawn at random.
 
 Run it with geot_model and qm9pack installed: `python scripts/make_qm9_sample.py [file]`. The file
-is a stored `geot_model.qm9.Molecules`, exact to the last bit:
+is a stored `geot_model.molecules.Molecules`, exact to the last bit:
 
     numbers       uint8    [T]       atomic numbers
     positions     float32  [T, 3]    Å
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from geot_model.qm9 import TARGETS, Molecules, load_qm9
+from geot_model.molecules import Molecules
+from geot_model.qm9 import TARGETS, load_qm9
 
 COUNT = 3000
 SEED = 9

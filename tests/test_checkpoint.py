@@ -15,7 +15,8 @@ from geot_model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from geot_model.qm9 import load_qm9, pad_batch
+from geot_model.molecules import pad_batch
+from geot_model.qm9 import load_qm9
 
 CONFIG = {
     "embed_dim": 8,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from geot_model.qm9 import TARGETS, Molecules, load_qm9, pad_batch, random_split
+from geot_model.molecules import Molecules, pad_batch
+from geot_model.qm9 import TARGETS, load_qm9, random_split
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "python" / "geot_model" / "qm9_sample.npz"

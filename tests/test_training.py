@@ -14,7 +14,8 @@ from rich.console import Console
 from geot_model import callbacks, dataset, results, training
 from geot_model.checkpoint import load_checkpoint
 from geot_model.dataset import Batches, Settings, Split
-from geot_model.qm9 import TARGETS, Molecules, load_qm9
+from geot_model.molecules import Molecules
+from geot_model.qm9 import TARGETS, load_qm9
 
 TINY = Settings(
     targets=("homo", "gap"),

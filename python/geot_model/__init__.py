@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .draw import atom_labels, draw_heatmap, draw_pairs, strongest_pairs
     from .explain import Explanation, aggregate_attention, explain_molecule
     from .model import GeoT
-    from .molecule import Molecule, perceive_bonds, read_molecules
-    from .qm9 import TARGETS, Molecules, load_qm9, pad_batch, random_split
+    from .molecule import perceive_bonds, read_molecules
+    from .molecules import Molecule, Molecules, pad_batch
+    from .qm9 import TARGETS, load_qm9, random_split
     from .training import train
 
 _MODULES = {
@@ -27,8 +28,9 @@ _MODULES = {
     "draw": ("atom_labels", "draw_heatmap", "draw_pairs", "strongest_pairs"),
     "explain": ("Explanation", "aggregate_attention", "explain_molecule"),
     "model": ("GeoT",),
-    "molecule": ("Molecule", "perceive_bonds", "read_molecules"),
-    "qm9": ("TARGETS", "Molecules", "load_qm9", "pad_batch", "random_split"),
+    "molecule": ("perceive_bonds", "read_molecules"),
+    "molecules": ("Molecule", "Molecules", "pad_batch"),
+    "qm9": ("TARGETS", "load_qm9", "random_split"),
     "training": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, save_checkpoint
 from .dataset import Settings, Split, elements_of, target_matrix
-from .qm9 import TARGETS, Molecules
+from .molecules import Molecules
+from .qm9 import TARGETS
 
 
 class Keeper(Callback):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .dataset import Settings, Split
     from .explain import Explanation
-    from .molecule import Molecule
+    from .molecules import Molecule
     from .training import Outcome
 
 app = typer.Typer(

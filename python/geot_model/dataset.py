@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .qm9 import TARGETS, Molecules, load_qm9, pad_batch, random_split
+from .molecules import Molecules, pad_batch
+from .qm9 import TARGETS, load_qm9, random_split
 
 DATA = ("qm9-sample", "qm9")
 FRACTIONS = (0.85, 0.05, 0.10)

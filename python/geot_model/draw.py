@@ -28,7 +28,8 @@ from rdkit.Chem import rdDepictor
 from rdkit.Chem.Draw import rdMolDraw2D
 from rdkit.Geometry import Point2D, Point3D
 
-from .molecule import Molecule, perceive_bonds
+from .molecule import perceive_bonds
+from .molecules import Molecule
 
 Pair = tuple[int, int, float]
 _Points = npt.NDArray[np.float64]

@@ -27,7 +27,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .draw import atom_labels, draw_heatmap, draw_pairs
 from .model import GeoT
-from .molecule import Molecule
+from .molecules import Molecule
 from .qm9 import load_qm9
 
 FORMULA = "W_ij = mean over layers and heads of |P_ij|/Σ_k|P_ik|"

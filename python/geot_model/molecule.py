@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import numpy.typing as npt
 from rdkit import Chem, rdBase
 from rdkit.Chem import AllChem, rdDetermineBonds, rdDistGeom, rdForceFieldHelpers
 from rdkit.Geometry import Point3D
+
+from .molecules import Molecule
 
 _ACCEPTED = "SMILES (.smi, .txt), SDF (.sdf) or XYZ (.xyz)"
 _NUM_ELEMENTS = 118
@@ -31,36 +32,6 @@ _BOND_REACHES = (1.15, 1.3)
 # The search for bond orders is exponential in the number of atoms with several valences: on some
 # molecules of 40 atoms it does not end (RDKit issue 9227). QM9's need fewer than 30 tries.
 _BOND_ORDER_TRIES = 10_000
-
-
-@dataclass(frozen=True, eq=False)
-class Molecule:
-    """One molecule: elements, coordinates and a name.
-
-    Attributes:
-        numbers: [n] int64, atomic numbers, hydrogens included.
-        positions: [n, 3] float32, Å.
-        name: what it is called in its file, else the file's name and its place in the file.
-        smiles: where known. Its atoms may come in another order than `numbers`.
-
-    Raises:
-        ValueError: if a shape or dtype is not as above.
-    """
-
-    numbers: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.float32]
-    name: str
-    smiles: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check shapes and dtypes."""
-        if self.numbers.ndim != 1 or self.numbers.dtype != np.int64:
-            got = f"{self.numbers.dtype} {list(self.numbers.shape)}"
-            raise ValueError(f"numbers: expected int64 [n], got {got}")
-        n = len(self.numbers)
-        if self.positions.shape != (n, 3) or self.positions.dtype != np.float32:
-            got = f"{self.positions.dtype} {list(self.positions.shape)}"
-            raise ValueError(f"positions: expected float32 [n={n}, 3], got {got}")
 
 
 def perceive_bonds(

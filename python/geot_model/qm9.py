@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+from .molecules import Molecules, pointers
 
 TARGETS: dict[str, str] = {
     "mu": "Debye",
@@ -59,70 +58,6 @@ _COLUMNS: dict[str, tuple[str, float]] = {
 }
 
 _ATOMIC_NUMBERS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
-
-
-@dataclass(frozen=True, eq=False)
-class Molecules:
-    """M molecules of T atoms in all, one after the other: molecule m is rows `ptr[m]:ptr[m+1]`.
-
-    Attributes:
-        numbers: Atomic numbers, uint8 [T].
-        positions: Positions in Å, float32 [T, 3].
-        ptr: First row of each molecule and, last, T; int64 [M+1].
-        targets: Name to values, float64 [M] each, in the units of `TARGETS`. float32 would round
-            a total energy by up to 1e-3 eV.
-        names: One name for each molecule, such as "gdb_123", str [M].
-
-    Raises:
-        ValueError: The shapes contradict each other.
-    """
-
-    numbers: NDArray[np.uint8]
-    positions: NDArray[np.float32]
-    ptr: NDArray[np.int64]
-    targets: dict[str, NDArray[np.float64]]
-    names: NDArray[np.str_]
-
-    def __post_init__(self) -> None:
-        """Check that all arrays are of the same molecules."""
-        atoms, count = int(self.ptr[-1]), len(self)
-        checks: list[tuple[str, NDArray[Any], list[int]]] = [
-            ("numbers", self.numbers, [atoms]),
-            ("positions", self.positions, [atoms, 3]),
-            ("names", self.names, [count]),
-            *((f"targets[{name!r}]", values, [count]) for name, values in self.targets.items()),
-        ]
-        for name, array, expected in checks:
-            if list(array.shape) != expected:
-                raise ValueError(f"{name}: expected {expected}, got {list(array.shape)}")
-
-    def __len__(self) -> int:
-        """Return the number of molecules."""
-        return len(self.ptr) - 1
-
-    def __getitem__(self, key: int | slice | Sequence[int] | NDArray[Any]) -> Molecules:
-        """Return the molecules that `key` names: an int (one), a slice, indices or a mask [M]."""
-        chosen = np.atleast_1d(np.arange(len(self))[key])
-        sizes = np.diff(self.ptr)[chosen]
-        ptr = _pointers(sizes)
-        rows = np.repeat(self.ptr[chosen] - ptr[:-1], sizes) + np.arange(ptr[-1])
-        return Molecules(
-            numbers=self.numbers[rows],
-            positions=self.positions[rows],
-            ptr=ptr,
-            targets={name: values[chosen] for name, values in self.targets.items()},
-            names=self.names[chosen],
-        )
-
-    @property
-    def max_atoms(self) -> int:
-        """Number of atoms of the largest molecule, 0 where there is none."""
-        return int(np.diff(self.ptr).max(initial=0))
-
-    @property
-    def elements(self) -> tuple[int, ...]:
-        """Atomic numbers that occur, sorted."""
-        return tuple(int(number) for number in np.unique(self.numbers))
 
 
 def load_qm9(full: bool = False) -> Molecules:
@@ -165,37 +100,6 @@ def random_split(
     return order[:first], order[first:second], order[second:]
 
 
-def pad_batch(
-    molecules: Molecules, pad_to: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lay out B = `len(molecules)` molecules as dense tensors of N atoms each, padded with zeros.
-
-    Args:
-        molecules: What to lay out.
-        pad_to: N; None for the size of the largest molecule.
-
-    Returns:
-        Atomic numbers (int64 [B, N]), positions in Å (float32 [B, N, 3]) and mask (bool [B, N],
-        True = real atom).
-
-    Raises:
-        ValueError: `pad_to` is smaller than the largest molecule.
-    """
-    width = molecules.max_atoms if pad_to is None else pad_to
-    if width < molecules.max_atoms:
-        raise ValueError(f"pad_to: expected at least {molecules.max_atoms}, got {width}")
-    mask = np.arange(width) < np.diff(molecules.ptr)[:, None]  # [B, N]
-    numbers = np.zeros(mask.shape, np.int64)
-    positions = np.zeros((*mask.shape, 3), np.float32)
-    numbers[mask] = molecules.numbers
-    positions[mask] = molecules.positions
-    return torch.from_numpy(numbers), torch.from_numpy(positions), torch.from_numpy(mask)
-
-
-def _pointers(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-
 def _names(index: Iterable[int]) -> NDArray[np.str_]:
     return np.array([f"gdb_{i}" for i in index])
 
@@ -208,6 +112,7 @@ def _read_sample() -> Molecules:
             ptr=file["ptr"],
             targets=dict(zip(file["target_names"].tolist(), file["targets"], strict=True)),
             names=_names(file["index"]),
+            units=TARGETS,
         )
 
 
@@ -241,12 +146,13 @@ def _read_qm9pack(folder: Path) -> Molecules:
     return Molecules(
         numbers=_atomic_numbers(symbols),
         positions=_parse_positions(coordinates),
-        ptr=_pointers(np.array(sizes)),
+        ptr=pointers(np.array(sizes)),
         targets={
             name: column * factor
             for (name, (_, factor)), column in zip(_COLUMNS.items(), values, strict=True)
         },
         names=_names(index),
+        units=TARGETS,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .dataset import Batches, Split, elements_of, target_matrix
-from .qm9 import Molecules, pad_batch
+from .molecules import Molecules, pad_batch
 
 _EVALUATION_BATCH = 64
 
