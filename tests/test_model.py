@@ -17,6 +17,8 @@ from geot_model.model import QM9_ELEMENTS, GeoT, GeoTLayer
 VARIANTS = {
     "sequential": {},
     "parallel": {"parallel": True},
+    "bias and softmax": {"score": "bias", "normalizer": "softmax"},
+    "mean of atoms": {"readout": "mean"},
     "scale and atoms": {"attention_scale": True, "atom_embedding": True},
 }
 every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
@@ -101,6 +103,26 @@ def test_padding_does_not_change_a_molecule(options, radial):
         assert_close(maps[:, b : b + 1, :, :size, :size], network.attention_maps(*alone))
 
 
+@every_radial
+@every_variant
+def test_packed_molecules_give_what_padded_ones_do(options, radial):
+    network = make(radial=radial, **options)
+    numbers, positions, mask = molecules((7, 4, 2, 0))
+    ptr = torch.tensor([0, *mask.sum(1).cumsum(0).tolist()])
+    flat = numbers[mask], positions[mask]
+    for most in (None, 7):
+        packed = {"ptr": ptr, "max_atoms": most}
+        out = network(*flat, **packed)
+        torch.testing.assert_close(out, network(numbers, positions, mask), rtol=0, atol=BUDGET)
+        maps = network.attention_maps(*flat, **packed)
+        expected = network.attention_maps(numbers, positions, mask)
+        torch.testing.assert_close(maps, expected, rtol=0, atol=BUDGET)
+    with pytest.raises(ValueError, match="mask: expected None with ptr"):
+        network(*flat, mask, ptr=ptr)
+    with pytest.raises(ValueError, match=r"atomic_numbers: expected \[T\], got \[4, 7\]"):
+        network(numbers, positions, ptr=ptr)
+
+
 @every_variant
 def test_padding_may_be_anywhere(options):
     network = make(**options)
@@ -165,7 +187,7 @@ def test_batches_without_molecules_and_molecules_without_atoms(radial, shape):
     positions = torch.full((*shape, 3), torch.nan, dtype=torch.float64)
     out = network(numbers, positions)
     empty_sum = torch.zeros(shape[0], 8, dtype=torch.float64)
-    assert torch.equal(out, network.readout(empty_sum) - 2.0)
+    assert torch.equal(out, network.readout.pooled(empty_sum) - 2.0)
     out.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
     maps = network.attention_maps(numbers, positions)
@@ -507,6 +529,8 @@ def test_atom_embedding_without_a_row_for_an_element_is_named():
         ({"num_targets": 0}, "num_targets: expected at least 1, got 0"),
         ({"num_layers": 0}, "num_layers: expected at least 1, got 0"),
         ({"readout_dim": 0}, "readout_dim: expected at least 1, got 0"),
+        ({"readout": "max"}, "readout: expected one of pooled, sum, mean, dipole, got 'max'"),
+        ({"readout": ("sum",)}, "readout: expected one or 2 names, got 1"),
         ({"ffn_dim": 0}, "ffn_dim: expected at least 1, got 0"),
         ({"num_heads": 3}, "embed_dim: expected a multiple of num_heads=3, got 8"),
         ({"elements": ()}, "elements: expected different atomic numbers"),

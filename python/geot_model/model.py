@@ -3,14 +3,16 @@
     x_i = embedding[z_i] -> layers -> y = W_2 elu(W_1 Σ_i x_i + b_1) + b_2 + output_offset
 
 The attention of each layer has no softmax: `A_ij = Σ_c q_ic k_jc F_c(d_ij) / sqrt(D)`, with a
-filter `F`, a network on Gaussians of the distance. `published` brings the authors' weights here.
+filter `F`, a network on Gaussians of the distance. `published` brings the authors' weights here,
+`readout` has other ways from atoms to a molecule, and score and normalizer can be chosen.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,12 @@ from geot_kernels import FusedGeoAttention
 from geot_kernels.radial import GaussianBasis, RadialMLP
 
 from . import published
+from .molecules import Molecule, Molecules
+from .readout import Layout, Readout
+
+if TYPE_CHECKING:
+    from .checkpoint import Card
+    from .prediction import Prediction
 
 QM9_ELEMENTS = (1, 6, 7, 8, 9)
 """H, C, N, O, F."""
@@ -72,6 +80,8 @@ class GeoTLayer(nn.Module):
         r_max: float = R_MAX,
         num_knots: int = NUM_KNOTS,
         radial: str = "table",
+        score: str = "filter",
+        normalizer: str = "linear",
         backend: str | None = None,
     ) -> None:
         """Makes the layer, initialised as `GeoT` says.
@@ -88,6 +98,8 @@ class GeoTLayer(nn.Module):
             r_max: Where the table of the filter ends, Å; it is constant beyond.
             num_knots: Of the table.
             radial: `"table"`, or `"exact"` for the filter itself, with `backend="reference"`.
+            score: `"filter"`, or `"bias"`, where the network on the basis gives one number a head.
+            normalizer: `"linear"` or `"softmax"`.
             backend: As for `geot_kernels.geo_attention`.
 
         Raises:
@@ -106,9 +118,9 @@ class GeoTLayer(nn.Module):
         filters = RadialMLP(
             GaussianBasis.geot() if basis is None else copy.deepcopy(basis),
             filter_hidden,
-            embed_dim,
+            embed_dim if score == "filter" else num_heads,
             activation="ssp",
-            final_activation="ssp",
+            final_activation="ssp" if score == "filter" else None,
             num_types=num_types,
             type_dim=published.TYPE_DIM,
         )
@@ -116,8 +128,8 @@ class GeoTLayer(nn.Module):
             embed_dim,
             num_heads,
             radial=filters,
-            score="filter",
-            normalizer="linear",
+            score=score,
+            normalizer=normalizer,
             attention_scale=attention_scale,
             num_types=num_types,
             r_max=r_max,
@@ -142,20 +154,24 @@ class GeoTLayer(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         *,
+        ptr: Tensor | None = None,
+        max_atoms: int | None = None,
         atom_types: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the layer, and on request its attention weights.
 
         Args:
-            x: `[B, N, E]`. Differentiable, twice.
-            positions: `[B, N, 3]`, Å. Differentiable, twice.
+            x: `[B, N, E]`, or packed `[T, E]` with `ptr`. Differentiable, twice.
+            positions: `[B, N, 3]` (packed `[T, 3]`), Å. Differentiable, twice.
             mask: bool `[B, N]`, True = real atom; None: all are.
-            atom_types: int `[B, N]`, needed with `num_types`.
+            ptr: int `[B+1]`: molecule `b` is the packed rows `ptr[b]:ptr[b+1]`.
+            max_atoms: Size of the largest packed molecule; without it that is read back.
+            atom_types: int `[B, N]` (packed `[T]`), needed with `num_types`.
             need_weights: Whether the weights are wanted: a second pass of size `N²`.
 
         Returns:
-            `(y, weights)`: `y [B, N, E]`; weights `[B, H, N, N]`, or None unless wanted.
+            `(y, weights)`: `y` like `x`; weights `[B, H, N, N]`, or None unless wanted.
 
         Raises:
             TypeError: An argument is no tensor, or of the wrong dtype.
@@ -164,7 +180,13 @@ class GeoTLayer(nn.Module):
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
         attended, weights = self.attention(
-            x, positions, mask, atom_types=atom_types, need_weights=need_weights
+            x,
+            positions,
+            mask,
+            ptr=ptr,
+            max_atoms=max_atoms,
+            atom_types=atom_types,
+            need_weights=need_weights,
         )
         if self.norm2 is None:
             return self.norm1(x + attended + self.ffn(x)), weights
@@ -185,14 +207,18 @@ class GeoT(nn.Module):
     attention scale 0.1; but the embeddings are normal with standard deviation 1, not 0.05. (With
     0.05 the first layer's attention is 5e-4 of what it is added to, with 1 it is 0.2.)
 
-    Inputs are molecules `[B, N]` with padding. What stands in padded rows, NaN included, reaches
-    neither results nor gradients. A real atom of an element that the model does not have raises
-    on the CPU; on other devices and under `torch.compile`, `torch.export` and `make_fx`, where
-    values cannot be read cheaply, the properties of its molecule are NaN.
+    That read-out is "pooled"; `Readout` has others, one for each target if need be.
+
+    Inputs are molecules `[B, N]` with padding, or packed one after the other. What stands in
+    padded rows, NaN included, reaches neither results nor gradients. A real atom of an element
+    that the model does not have raises on the CPU; on other devices and under `torch.compile`,
+    `torch.export` and `make_fx`, where values cannot be read cheaply, the properties of its
+    molecule are NaN.
 
     Attributes:
         layers: Of `GeoTLayer`.
         output_offset: A buffer, added to all outputs.
+        card: What a trained model was trained on and predicts; None for a new one.
 
     Source: GeoT (Kwak et al., ACS Omega 2023, arXiv 2106.15516), and
     https://github.com/oleneyl/geometry-aware-transformer.
@@ -200,6 +226,7 @@ class GeoT(nn.Module):
 
     type_of: Tensor
     output_offset: Tensor
+    card: Card | None = None
 
     def __init__(
         self,
@@ -210,6 +237,7 @@ class GeoT(nn.Module):
         num_layers: int = 4,
         ffn_dim: int | None = None,
         readout_dim: int = 64,
+        readout: str | Sequence[str] = "pooled",
         elements: Sequence[int] = QM9_ELEMENTS,
         parallel: bool = False,
         attention_scale: bool = False,
@@ -219,6 +247,8 @@ class GeoT(nn.Module):
         r_max: float = R_MAX,
         num_knots: int = NUM_KNOTS,
         radial: str = "table",
+        score: str = "filter",
+        normalizer: str = "linear",
         output_offset: float = 0.0,
         backend: str | None = None,
     ) -> None:
@@ -231,6 +261,8 @@ class GeoT(nn.Module):
             num_layers: Layers `L`.
             ffn_dim: Width of the feed-forward's hidden layer; None: `embed_dim`.
             readout_dim: Width of the read-out's hidden layer.
+            readout: "pooled" (published), "sum", "mean" or "dipole": one for all targets, or one
+                for each; see `geot_model.readout.Readout`.
             elements: Atomic numbers the filters can tell apart with `atom_embedding`: each pair
                 of them has a table of its own. Without, all of 1 to 99 are accepted.
             parallel: Whether each feed-forward stands beside the attention, not after it.
@@ -244,6 +276,8 @@ class GeoT(nn.Module):
             num_knots: Of the tables.
             radial: `"table"`, or `"exact"` for the filters themselves, without tables, in plain
                 PyTorch (`backend="reference"`), differentiable to any order.
+            score: `"filter"` (published), or `"bias"`: `q·k/sqrt(D) + f_h(d)`.
+            normalizer: `"linear"` (published: none), or `"softmax"`.
             output_offset: Added to all outputs, in their unit.
             backend: As for `geot_kernels.geo_attention`.
 
@@ -275,11 +309,16 @@ class GeoT(nn.Module):
                 r_max=r_max,
                 num_knots=num_knots,
                 radial=radial,
+                score=score,
+                normalizer=normalizer,
                 backend=backend,
             )
             for _ in range(num_layers)
         )
-        self.readout = _feed_forward(embed_dim, readout_dim, num_targets)
+        kinds = (readout,) * num_targets if isinstance(readout, str) else tuple(readout)
+        if len(kinds) != num_targets:
+            raise ValueError(f"readout: expected one or {num_targets} names, got {len(kinds)}")
+        self.readout = Readout(embed_dim, readout_dim, kinds, _feed_forward)
         _initialise(self.readout)
 
     @classmethod
@@ -329,6 +368,41 @@ class GeoT(nn.Module):
         model.load_state_dict(dict(model.named_buffers()) | state)
         return model
 
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> GeoT:
+        """Reads a trained model: nothing but tensors and plain values, so any file is safe.
+
+        Args:
+            path: What `geot train` wrote: `model.safetensors`, or the folder of the run.
+            device: Where to; None: a GPU if there is one.
+
+        Returns:
+            The model, in `eval()`, with its `card`.
+
+        Raises:
+            geot_model.CheckpointError: There is no such file, or it is no model.
+        """
+        from .checkpoint import load_model
+
+        return load_model(path, device=device)
+
+    def predict(self, molecules: Molecules | Sequence[Molecule]) -> Prediction:
+        """Predicts properties of molecules, in the units of the training's targets.
+
+        Args:
+            molecules: M of them, as `geot_model.read(...).molecules` gives them.
+
+        Returns:
+            Values `[M, T]`, NaN for what the model does not know, such as elements not seen in
+            training; and why.
+
+        Raises:
+            ValueError: The model is new: it has no `card`.
+        """
+        from .prediction import predict
+
+        return predict(self, molecules)
+
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that the model accepts, by their type."""
@@ -336,14 +410,22 @@ class GeoT(nn.Module):
         return tuple(known[self.type_of[known].argsort()].tolist())
 
     def forward(
-        self, atomic_numbers: Tensor, positions: Tensor, mask: Tensor | None = None
+        self,
+        atomic_numbers: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        *,
+        ptr: Tensor | None = None,
+        max_atoms: int | None = None,
     ) -> Tensor:
         """Computes the properties of molecules.
 
         Args:
-            atomic_numbers: int `[B, N]`, 0 = padding.
-            positions: `[B, N, 3]`, Å; float32 or float64. Differentiable, twice.
+            atomic_numbers: int `[B, N]`, 0 = padding; or packed `[T]` with `ptr`.
+            positions: `[B, N, 3]` (packed `[T, 3]`), Å; float32 or float64. Differentiable, twice.
             mask: bool `[B, N]`, **True = real atom**; None: `atomic_numbers > 0`.
+            ptr: int `[B+1]`: molecule `b` is the packed rows `ptr[b]:ptr[b+1]`.
+            max_atoms: Size of the largest packed molecule; without it that is read back.
 
         Returns:
             `[B, T]`.
@@ -353,53 +435,69 @@ class GeoT(nn.Module):
             ValueError: A shape or a device is wrong, or (on the CPU) a real atom is of an element
                 that the model does not have.
         """
-        x, mask, types = self._embed(atomic_numbers, positions, mask)
+        x, layout, types = self._embed(atomic_numbers, positions, mask, ptr, max_atoms)
         for layer in self.layers:
-            x, _ = layer(x, positions, mask, atom_types=types)
-        pooled = x.masked_fill(~mask.unsqueeze(-1), 0).sum(1)
-        out: Tensor = self.readout(pooled) + self.output_offset
+            x, _ = layer(x, positions, atom_types=types, **vars(layout))
+        out: Tensor = self.readout(x, positions, layout) + self.output_offset
         return out
 
     def attention_maps(
-        self, atomic_numbers: Tensor, positions: Tensor, mask: Tensor | None = None
+        self,
+        atomic_numbers: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        *,
+        ptr: Tensor | None = None,
+        max_atoms: int | None = None,
     ) -> Tensor:
         """Computes the weights with which each layer's attention multiplies the values.
 
-        They have any sign, and rows do not sum to 1: there is no softmax. Differentiable.
+        Unless there is a softmax, they have any sign, and rows do not sum to 1. Differentiable.
 
         Args:
             atomic_numbers: As for `forward`.
-            positions: `[B, N, 3]`, Å.
+            positions: `[B, N, 3]` (packed `[T, 3]`), Å.
             mask: bool `[B, N]`, True = real atom; None: `atomic_numbers > 0`.
+            ptr: As for `forward`.
+            max_atoms: As for `forward`.
 
         Returns:
-            `[L, B, H, N, N]`, query atom before key atom, exact zeros where either is padding.
+            `[L, B, H, N, N]` (packed: `N = max_atoms`), query atom before key atom, exact zeros
+            where either is padding.
 
         Raises:
             TypeError: As for `forward`.
             ValueError: As for `forward`.
         """
-        x, mask, types = self._embed(atomic_numbers, positions, mask)
+        x, layout, types = self._embed(atomic_numbers, positions, mask, ptr, max_atoms)
         maps = []
         for layer in self.layers:
-            x, weights = layer(x, positions, mask, atom_types=types, need_weights=True)
+            x, weights = layer(x, positions, atom_types=types, need_weights=True, **vars(layout))
             maps.append(weights)
         return torch.stack(maps)
 
     def _embed(
-        self, atomic_numbers: Tensor, positions: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Computes the atoms' first features, the mask, and the types that the filters see."""
-        _check(atomic_numbers, positions, mask)
-        if mask is None:
+        self,
+        atomic_numbers: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        ptr: Tensor | None,
+        max_atoms: int | None,
+    ) -> tuple[Tensor, Layout, Tensor | None]:
+        """Computes the atoms' first features, their layout, and the types the filters see."""
+        _check(atomic_numbers, positions, mask, ptr)
+        if ptr is None and mask is None:
             mask = atomic_numbers > 0
         inside = atomic_numbers.long().clamp(0, published.NUM_ROWS - 1)
         types = self.type_of[inside]
-        unknown = mask & ((types < 0) | (inside != atomic_numbers))
+        unknown = (types < 0) | (inside != atomic_numbers)
+        if mask is not None:
+            unknown = mask & unknown
         if _readable(unknown) and unknown.any():
             self._refuse(atomic_numbers[unknown])
         x = self.embedding(inside).masked_fill(unknown.unsqueeze(-1), torch.nan)
-        return x, mask, types.clamp(min=0) if self.atom_embedding else None
+        layout = Layout(mask, ptr, max_atoms)
+        return x, layout, types.clamp(min=0) if self.atom_embedding else None
 
     def _refuse(self, numbers: Tensor) -> None:
         known = ", ".join(map(str, self.elements)) if self.atom_embedding else "1 to 99"
@@ -434,12 +532,14 @@ def _number_types(elements: Sequence[int]) -> Tensor:
     return type_of
 
 
-def _check(atomic_numbers: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+def _check(
+    atomic_numbers: Tensor, positions: Tensor, mask: Tensor | None, ptr: Tensor | None
+) -> None:
     """Checks what the attention does not check: it sees only the positions."""
-    tensors = {"atomic_numbers": atomic_numbers, "positions": positions}
-    if mask is not None:
-        tensors["mask"] = mask
+    tensors = {"atomic_numbers": atomic_numbers, "positions": positions, "mask": mask, "ptr": ptr}
     for name, tensor in tensors.items():
+        if tensor is None and name in ("mask", "ptr"):
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.device != atomic_numbers.device:
@@ -449,10 +549,13 @@ def _check(atomic_numbers: Tensor, positions: Tensor, mask: Tensor | None) -> No
             )
     if atomic_numbers.dtype not in _INTEGERS:
         raise TypeError(f"atomic_numbers: expected integers, got {atomic_numbers.dtype}")
-    if atomic_numbers.ndim != 2:
-        raise ValueError(f"atomic_numbers: expected [B, N], got {list(atomic_numbers.shape)}")
+    layout = "[B, N]" if ptr is None else "[T]"
+    if atomic_numbers.ndim != (2 if ptr is None else 1):
+        raise ValueError(f"atomic_numbers: expected {layout}, got {list(atomic_numbers.shape)}")
     if mask is None:
         return
+    if ptr is not None:
+        raise ValueError("mask: expected None with ptr (packed rows are all real), got a mask")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool [B, N], True = real atom, got {mask.dtype}")
     if mask.shape != atomic_numbers.shape:

@@ -168,7 +168,7 @@ def network_state(arrays: Mapping[str, Tensor], elements: Sequence[int]) -> dict
         ValueError: The atom embedding has no row for an element.
     """
     state = {"embedding.weight": arrays["embedding"]}
-    for ours, name in (("readout.0", "mlp_1"), ("readout.2", "output_dense")):
+    for ours, name in (("readout.pooled.0", "mlp_1"), ("readout.pooled.2", "output_dense")):
         state |= _dense(arrays, name, ours)
     layers = {int(name[5 : name.index(".")]) for name in arrays if name.startswith("layer")}
     for index in layers:
