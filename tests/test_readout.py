@@ -1,5 +1,7 @@
 """Read-outs of molecules, padded and packed, against loops over atoms."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -44,20 +46,21 @@ def padded(x, positions, layout):
 
 def looped(readout, x, positions, ptr):
     """What the docstring says, molecule by molecule."""
-    out = []
-    for first, last in zip(ptr[:-1], ptr[1:], strict=True):
-        atoms, places = x[first:last], positions[first:last]
-        n = max(len(atoms), 1)
-        a = readout.atomwise(atoms).flatten()
-        charges = a - a.sum() / n
-        values = {
-            "pooled": lambda: readout.pooled(atoms.sum(0)).squeeze(),
-            "sum": a.sum,
-            "mean": lambda: a.sum() / n,
-            "dipole": lambda: (charges[:, None] * places).sum(0).norm(),
-        }
-        out.append(torch.stack([values[kind]() for kind in readout.kinds]))
-    return torch.stack(out)
+    molecules = [(x[a:b], positions[a:b]) for a, b in itertools.pairwise(ptr)]
+    return torch.stack([looped_molecule(readout, *one) for one in molecules])
+
+
+def looped_molecule(readout, atoms, places):
+    n = max(len(atoms), 1)
+    a = readout.atomwise(atoms).flatten()
+    charges = a - a.sum() / n
+    values = {
+        "pooled": lambda: readout.pooled(atoms.sum(0)).squeeze(),
+        "sum": a.sum,
+        "mean": lambda: a.sum() / n,
+        "dipole": lambda: (charges[:, None] * places).sum(0).norm(),
+    }
+    return torch.stack([values[kind]() for kind in readout.kinds])
 
 
 @pytest.mark.parametrize("kind", READOUTS)
