@@ -4,10 +4,10 @@
     python -m bench.message_passing --target gap --network geot --seconds 900
 
 Both learn as `bench.learning` says, one thread each, from the same 10,000 molecules in the same
-batches; the target is that of the molecule, of U0 less the published energies of its atoms, divided
-by its spread. Read-outs are the usual ones: a sum over atoms for U0, a mean for HOMO and gap,
-charges for the dipole. SchNet is torch_geometric's, with its defaults (6 interactions of 128 channels, 50
-Gaussians, 10 Å) on all pairs of atoms, which are found by array operations.
+batches. The target is that of the molecule, of U0 less the published energies of its atoms,
+divided by its spread. Read-outs are the usual ones: a sum over atoms for U0, a mean for HOMO and
+gap, charges for the dipole. SchNet is torch_geometric's, with its defaults (6 interactions of 128
+channels, 50 Gaussians, 10 Å) on all pairs of atoms, which are found by array operations.
 
 Results go into `message_passing.csv`, and their curves into `message_passing_curves.csv`.
 """

@@ -7,8 +7,9 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "embed_dim": 128,
-        "num_heads": 16,
+        "num_heads": 8,
         "num_layers": 4,
+        "attention_scale": True,
         "basis": {"num_basis": 64, "r_max": 10.0},
         "r_max": 13.0,
         "num_knots": 256,
@@ -17,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embed_dim": 512,
         "num_heads": 32,
         "num_layers": 8,
+        "attention_scale": True,
         "basis": {"num_basis": 128, "r_max": 12.0},
         "r_max": 15.0,
         "num_knots": 512,

@@ -38,24 +38,43 @@ TARGETS: dict[str, str] = {
 }
 """The twelve usual targets, name to unit, in the usual order."""
 
-_HARTREE = 27.211386245988  # eV, CODATA 2018
+HARTREE = 27.211386245988  # eV, CODATA 2018
 _BOHR = 0.529177210903  # Å, CODATA 2018
 
 # Target: column of qm9pack, and what turns its unit into that of TARGETS.
 _COLUMNS: dict[str, tuple[str, float]] = {
     "mu": ("Dipole_debye", 1.0),
     "alpha": ("Polarizability_bohr3", _BOHR**3),
-    "homo": ("HOMO_au", _HARTREE),
-    "lumo": ("LUMO_au", _HARTREE),
-    "gap": ("HOMO_LUMO_gap_au", _HARTREE),
+    "homo": ("HOMO_au", HARTREE),
+    "lumo": ("LUMO_au", HARTREE),
+    "gap": ("HOMO_LUMO_gap_au", HARTREE),
     "r2": ("R2_bohr2", _BOHR**2),
-    "zpve": ("ZPVE_au", _HARTREE),
-    "U0": ("InternalEnergy_0K_au", _HARTREE),
-    "U": ("InternalEnergy_298K_au", _HARTREE),
-    "H": ("Enthalphy_298K_au", _HARTREE),
-    "G": ("GibbsFreeEnergy_298K_au", _HARTREE),
+    "zpve": ("ZPVE_au", HARTREE),
+    "U0": ("InternalEnergy_0K_au", HARTREE),
+    "U": ("InternalEnergy_298K_au", HARTREE),
+    "H": ("Enthalphy_298K_au", HARTREE),
+    "G": ("GibbsFreeEnergy_298K_au", HARTREE),
     "Cv": ("Heatcapacity_Cv_cal_mol_K", 1.0),
 }
+
+_ELEMENTS = (1, 6, 7, 8, 9)
+_ATOMS: dict[str, tuple[float, ...]] = {  # hartree
+    "U0": (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
+    "U": (-0.498857, -37.845355, -54.582445, -75.063163, -99.717314),
+    "H": (-0.497912, -37.844411, -54.581501, -75.062219, -99.716370),
+    "G": (-0.510927, -37.861317, -54.598897, -75.079532, -99.733544),
+}
+
+PUBLISHED_REFERENCES: dict[str, dict[int, float]] = {
+    "zpve": dict.fromkeys(_ELEMENTS, 0.0),
+    "Cv": dict.fromkeys(_ELEMENTS, 2.981),
+    **{
+        name: {z: energy * HARTREE for z, energy in zip(_ELEMENTS, energies, strict=True)}
+        for name, energies in _ATOMS.items()
+    },
+}
+"""What single atoms have of QM9's targets, as its authors give it (atomref.txt): target to atomic
+number to value, in the units of `TARGETS`."""
 
 _ATOMIC_NUMBERS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
 
@@ -73,7 +92,7 @@ def load_qm9(full: bool = False) -> Molecules:
     Raises:
         ModuleNotFoundError: `full` without qm9pack.
     """
-    return _read_qm9pack(_qm9pack_folder()) if full else _read_sample()
+    return _read_qm9pack(qm9pack_folder()) if full else _read_sample()
 
 
 def random_split(
@@ -116,7 +135,8 @@ def _read_sample() -> Molecules:
         )
 
 
-def _qm9pack_folder() -> Path:
+def qm9pack_folder() -> Path:
+    """Folder of the CSV files of QM9, in the package qm9pack."""
     # Only found, not imported: its __init__ needs pkg_resources, which setuptools no longer has.
     spec = importlib.util.find_spec("qm9pack")
     if spec is None or spec.origin is None:

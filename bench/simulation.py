@@ -1,0 +1,198 @@
+"""Do attention maps tell the truth? GeoT learns totals whose pair terms are known.
+
+    python -m bench.simulation                             # three energies, minutes each
+    python -m bench.simulation --energy bonds --seconds 300
+
+Energies are sums over pairs of atoms (`bench.pair_energies`) of molecules of QM9. GeoT sees the
+totals alone. Then, for molecules that it never saw, each way to read its attention
+(`geot_model.relevance`) is held against the pairs' true energies:
+
+    spearman    rank correlation over the pairs i < j of a molecule, of strength and |energy|
+    deletion    |change of the prediction| when the weights of the strongest pairs are set to 0, by
+                the share of pairs; beside it that of pairs chosen at random, and of those that
+                truly are the strongest
+
+Results go into `simulation.csv`, and deletion curves into `simulation_curves.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from geot_model.targets import TargetScaler
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from geot_kernels.radial import GaussianBasis
+from geot_model import relevance
+from geot_model.model import GeoT
+from geot_model.molecules import Molecules
+from geot_model.presets import preset
+from geot_model.qm9 import load_qm9
+
+from . import learning, pair_energies, rows
+from .message_passing import call_geot, split
+
+EXPLAINED = 300  # molecules
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+RANDOM_ORDERS = 5
+TRUTH, RANDOM = "true energies", "random pairs"
+WHERE = (*("machine", "processor", "python", "torch", "triton", "cuda", "geot_kernels", "commit"),)
+KEY = ("energy", "score", "method", "train_molecules", "budget_s", "device", "threads")
+COLUMNS = (
+    *KEY,
+    *("spearman_lower_quartile", "spearman_median", "spearman_upper_quartile"),
+    *("deletion_over_random", "mae_eV", "spread_eV", "molecules"),
+    *WHERE,
+)
+CURVE_KEY = (*KEY, "share")
+CURVE_COLUMNS = (*CURVE_KEY, "change_eV", "molecules", *WHERE)
+
+
+def with_energy(name: str, molecules: Molecules) -> Molecules:
+    """The same molecules, with the totals of an energy as their one target."""
+    return Molecules(
+        numbers=molecules.numbers,
+        positions=molecules.positions,
+        ptr=molecules.ptr,
+        targets={name: pair_energies.totals(name, molecules)},
+        names=molecules.names,
+        units={name: "eV"},
+    )
+
+
+def kept(strength: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.bool_]:
+    """Which pairs are left, `[shares, n, n]`, when the strongest, shares of them, are not."""
+    i, j = np.triu_indices(len(strength), k=1)
+    order = np.argsort(-strength[i, j], kind="stable")
+    out = np.ones((len(shares), *strength.shape), np.bool_)
+    for one, share in zip(out, shares, strict=True):
+        gone = order[: max(1, round(share * len(order)))]
+        one[i[gone], j[gone]] = one[j[gone], i[gone]] = False
+    return out
+
+
+def changes(
+    model: GeoT, molecules: Molecules, index: int, orders: Sequence[NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """|Change of the output|, `[orders, shares]`, when the strongest pairs are taken out."""
+    sets = [np.ones_like(orders[0], dtype=np.bool_)[None], *(kept(one, SHARES) for one in orders)]
+    with torch.no_grad():
+        out = relevance.deleted(
+            model, molecules.molecule(index), torch.from_numpy(np.concatenate(sets))
+        )
+    found: NDArray[np.float64] = (out[1:, 0] - out[0, 0]).abs().double().numpy()
+    return found.reshape(len(orders), len(SHARES))
+
+
+def explain(
+    model: GeoT, energy: str, molecules: Molecules
+) -> tuple[dict[str, list[float]], dict[str, NDArray[np.float64]]]:
+    """Rank correlations of each method, and curves `[molecules, shares]` in scaled units."""
+    random = np.random.RandomState(0)
+    correlations: dict[str, list[float]] = {name: [] for name in relevance.METHODS}
+    curves: dict[str, list[NDArray[np.float64]]] = {
+        name: [] for name in (*relevance.METHODS, TRUTH, RANDOM)
+    }
+    maps = {name: relevance.relevance(model, molecules, name) for name in relevance.METHODS}
+    for m in range(len(molecules)):
+        truth = np.abs(pair_energies.pairs(energy, molecules, m))
+        upper = np.triu_indices(len(truth), k=1)
+        if len(upper[0]) < 3 or np.ptp(truth[upper]) == 0:
+            continue
+        orders = []
+        for name in relevance.METHODS:
+            aggregate = relevance.aggregate(maps[name][m], name)
+            strength = np.asarray(relevance.pair_strength(aggregate), np.float64)
+            orders.append(strength)
+            correlations[name].append(float(spearmanr(strength[upper], truth[upper])[0]))
+        orders.append(truth)
+        orders += [random.rand(*truth.shape) for _ in range(RANDOM_ORDERS)]
+        found = changes(model, molecules, m, orders)
+        for name, curve in zip((*relevance.METHODS, TRUTH), found, strict=False):
+            curves[name].append(curve)
+        curves[RANDOM].append(found[-RANDOM_ORDERS:].mean(axis=0))
+    return correlations, {name: np.array(values) for name, values in curves.items()}
+
+
+def measure(
+    energy: str,
+    score: str,
+    parts: tuple[Molecules, Molecules, Molecules],
+    seconds: float,
+    learning_rate: float = 1e-3,
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Trains GeoT on an energy and holds its maps against the truth: rows, and those of curves."""
+    torch.manual_seed(0)
+    train, validation, test = (with_energy(energy, part) for part in parts)
+    scaler = TargetScaler.fit(train, (energy,), ("sum",), {energy: "none"})
+    options: dict[str, Any] = preset("tiny", readout="sum", score=score)
+    if score == "bias":
+        options |= {"normalizer": "softmax", "attention_scale": False}
+    model = GeoT(1, **{**options, "basis": GaussianBasis(**options["basis"])})
+    found = learning.learn(
+        model,
+        call_geot,
+        scaler,
+        train,
+        validation,
+        seconds=seconds,
+        learning_rate=learning_rate,
+        say=lambda line: print(f"{energy}, {score}: {line}", flush=True),
+    )
+    trained: Any = found.network
+    trained.eval()
+    error = learning.mean_absolute_error(trained, call_geot, scaler, test)
+    correlations, curves = explain(trained, energy, test[:EXPLAINED])
+    eV = float(scaler.std[0])
+    key = {
+        **{"energy": energy, "score": score, "train_molecules": len(train)},
+        **{"budget_s": f"{seconds:.0f}"},
+        **{k: v for k, v in rows.where("cpu").items() if k in COLUMNS},
+    }
+    summary, points = [], []
+    chance = curves[RANDOM].mean()
+    for name, curve in curves.items():
+        row = {
+            **key,
+            **{"method": name, "mae_eV": f"{error:.4g}", "spread_eV": f"{eV:.4g}"},
+            **{"deletion_over_random": f"{curve.mean() / chance:.4g}", "molecules": len(curve)},
+        }
+        if name in correlations:
+            names = ("lower_quartile", "median", "upper_quartile")
+            values = rows.quartiles(correlations[name])
+            row |= {f"spearman_{n}": f"{v:.4f}" for n, v in zip(names, values, strict=True)}
+        summary.append({n: str(v) for n, v in row.items()})
+        print(row, flush=True)
+        for share, value in zip(SHARES, curve.mean(axis=0) * eV, strict=True):
+            point = {**key, "method": name, "share": share, "change_eV": f"{value:.4g}"}
+            points.append({n: str(v) for n, v in {**point, "molecules": len(curve)}.items()})
+    return summary, points
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what is asked for, and writes rows as soon as they are there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = list(pair_energies.ENERGIES)
+    parser.add_argument("--energy", nargs="+", choices=known, default=known)
+    parser.add_argument("--score", nargs="+", choices=("filter", "bias"), default=["filter"])
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the processor, each")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    parts = split(load_qm9(full=True))
+    for score in asked.score:
+        for energy in asked.energy:
+            summary, points = measure(energy, score, parts, asked.seconds)
+            folder = rows.folder("cpu")
+            rows.Rows(folder / "simulation.csv", COLUMNS, KEY).add(summary)
+            rows.Rows(folder / "simulation_curves.csv", CURVE_COLUMNS, CURVE_KEY).add(points)
+
+
+if __name__ == "__main__":
+    main()
