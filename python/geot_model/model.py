@@ -188,10 +188,16 @@ class GeoTLayer(nn.Module):
             atom_types=atom_types,
             need_weights=need_weights,
         )
+        return self.update(x, attended), weights
+
+    def update(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Computes what follows the attention: sums, norms and feed-forward; all like `x`."""
         if self.norm2 is None:
-            return self.norm1(x + attended + self.ffn(x)), weights
+            parallel: Tensor = self.norm1(x + attended + self.ffn(x))
+            return parallel
         y = self.norm1(x + attended)
-        return self.norm2(y + self.ffn(y)), weights
+        sequential: Tensor = self.norm2(y + self.ffn(y))
+        return sequential
 
 
 class GeoT(nn.Module):
