@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from geot_model.targets import TargetScaler
 from torch import Tensor, nn
 
 from geot_kernels.radial import GaussianBasis
@@ -30,6 +29,7 @@ from geot_model.model import GeoT
 from geot_model.molecules import Molecules
 from geot_model.presets import preset
 from geot_model.qm9 import load_qm9
+from geot_model.targets import TargetScaler
 
 from . import learning, rows
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from . import ratios, report
+from . import geot, ratios, report
 from .peers import BUILT, OURS
 from .ratios import SETTING, Device, Row, Unit
 from .rows import UNIT
@@ -51,7 +51,8 @@ def write(device: Device) -> list[Path]:
     """Draws what there are rows of, as `plots/*.png` beside them."""
     figures = {"cases": cases(device)}
     figures |= {name: scaling(device, name) for name in ratios.SCALING}
-    figures["models"] = models(device)
+    figures |= {"models": models(device), "message-passing": learning(device)}
+    figures["simulation"] = deletion(device)
     folder = device.folder / "plots"
     drawn = []
     for name, figure in figures.items():
@@ -236,4 +237,59 @@ def _caption(figure: Figure, rows: Sequence[Row], note: str = "") -> Figure:
     text = f"{note}Whiskers: quartiles. {ratios.caption(rows)}"
     lines = textwrap.wrap(text, int(figure.get_figwidth() * 19))
     figure.supxlabel("\n".join(lines), fontsize=7, color="#333333")
+    return figure
+
+
+def learning(device: Device) -> Figure | None:
+    """Validation error by seconds: a panel for each target."""
+    rows = geot.by_target(device.others["message_passing_curves"])
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    if not targets:
+        return None
+    figure = Figure((3.4 * len(targets) + 0.4, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(targets), squeeze=False)[0]
+    styles = {geot.GEOT: (BLUE, "o", "-"), geot.SCHNET: (VERMILION, "s", "--")}
+    for panel, target in zip(panels, targets, strict=True):
+        for network, (color, marker, line) in styles.items():
+            points = [r for r in rows if r["target"] == target and r["network"] == network]
+            panel.plot(
+                [float(row["seconds"]) for row in points],
+                [float(row["validation_mae"]) for row in points],
+                **{"color": color, "marker": marker, "linestyle": line, "label": network},
+            )
+        unit = next(row["unit"] for row in rows if row["target"] == target)
+        panel.set(title=target, xlabel="processor seconds", yscale="log")
+        panel.set_ylabel(f"validation error, {unit}")
+        panel.grid(True, which="both", alpha=0.3)
+    panels[0].legend()
+    return figure
+
+
+def deletion(device: Device) -> Figure | None:
+    """Change of the prediction by the share of pairs taken out: a panel for each energy."""
+    rows = device.others["simulation_curves"]
+    energies = ratios.ordered((row["energy"] for row in rows), geot.ENERGIES)
+    if not energies:
+        return None
+    figure = Figure((4.2 * len(energies) + 0.4, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(energies), squeeze=False)[0]
+    styles = {
+        "weight": (ORANGE, "o", "-"),
+        "weight x value": (GREEN, "s", "-"),
+        "gradient x weight": (BLUE, "D", "-"),
+        geot.TRUTH: (BLACK, "^", "--"),
+        "random pairs": (GREY, "x", ":"),
+    }
+    for panel, energy in zip(panels, energies, strict=True):
+        for method, (color, marker, line) in styles.items():
+            points = [r for r in rows if r["energy"] == energy and r["method"] == method]
+            panel.plot(
+                [100 * float(row["share"]) for row in points],
+                [float(row["change_eV"]) for row in points],
+                **{"color": color, "marker": marker, "linestyle": line, "label": method},
+            )
+        panel.set(title=geot.ENERGIES[energy], xlabel="pairs taken out, %")
+        panel.set_ylabel("change of the prediction, eV")
+        panel.grid(True, alpha=0.3)
+    panels[0].legend(fontsize=8)
     return figure

@@ -40,6 +40,11 @@ PROVENANCE = {
 }
 SCALING = {"scaling-n": ("atoms", "N"), "scaling-b": ("molecules", "B")}
 SETTING = tuple(name for name in UNIT if name != "pass")
+OTHERS = (
+    *("demo", "inference", "message_passing", "message_passing_curves"),
+    *("simulation", "simulation_curves"),
+)
+"""Files whose rows are no times of functions, each with columns of its own."""
 BUSY, FITTED = 0.15, 4  # cores used by others; the largest sizes, to which exponents are fitted
 
 Row = dict[str, str]
@@ -48,12 +53,12 @@ Unit = dict[str, Row]  # by function, in one pass of one setting
 
 @dataclass
 class Device:
-    """Rows of a folder by the name of their file; speeds for the roofline; what the demo gives."""
+    """Rows of a folder by the name of their file; speeds for the roofline; and `OTHERS`."""
 
     folder: Path
     files: dict[str, list[Row]] = field(default_factory=dict)
     machine: list[Row] = field(default_factory=list)
-    demo: list[Row] = field(default_factory=list)
+    others: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in OTHERS})
     skipped: list[str] = field(default_factory=list)
 
     def named(self) -> list[Row]:
@@ -104,8 +109,10 @@ def read(folder: Path) -> Device:
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            if path.stem in ("machine", "demo"):
-                setattr(device, path.stem, list(reader))
+            if path.stem == "machine":
+                device.machine = list(reader)
+            elif path.stem in OTHERS:
+                device.others[path.stem] = list(reader)
             elif tuple(reader.fieldnames or ()) != COLUMNS:
                 device.skipped.append(path.name)
             elif rows := list(reader):

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from . import geot
 from .engine import COLD, QUICK, SLOW
 from .peers import PLAIN, opponent
 from .ratios import (
     CARRIES_GEOMETRY,
     FITTED,
     FUNCTIONS,
+    OTHERS,
     PASSES,
     SCALING,
     SETTING,
@@ -239,12 +241,12 @@ def demo(device: Device) -> str:
     """What `make demo` ends with."""
     lines = [
         [f"{row['target']}, {row['unit']}", *(f"{float(row[n]):.3f}" for n in ERRORS)]
-        for row in device.demo
+        for row in device.others["demo"]
     ]
     if not lines:
         return ""
     table = markdown(["mean absolute error", *ERRORS.values()], lines)
-    return f"After {device.demo[0]['seconds']} s:\n\n{table}"
+    return f"After {device.others['demo'][0]['seconds']} s:\n\n{table}"
 
 
 BLOCKS: dict[str, Callable[[Device], str]] = {
@@ -253,6 +255,9 @@ BLOCKS: dict[str, Callable[[Device], str]] = {
     "grid": grid,
     "models": models,
     "scaling": scaling,
+    "message_passing": geot.message_passing,
+    "simulation": geot.simulation,
+    "inference": geot.inference,
 }
 
 
@@ -267,6 +272,8 @@ def report(device: Device, plots: Iterable[Path] = ()) -> str:
         table = case_table(setting, device.machine)
         parts += [f"## {label(setting[0], rows)}", remarks, table]
     sections = {"Molecules × atoms": grid, "Scaling": _all_scaling, "Whole models": models}
+    sections |= {"GeoT beside SchNet": geot.message_passing, "Attention maps": geot.simulation}
+    sections |= {"Predictions for QM9": geot.inference}
     for title, make in sections.items():
         table = make(device)
         parts += [f"## {title}", table] if table else []
@@ -305,8 +312,8 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
 def _shown(device: Device, block: str) -> list[Row]:
     if block == "headline":
         return device.named()
-    if block == "demo":
-        return device.demo
+    if block in OTHERS:
+        return device.others[block]
     return device.files["scaling-n" if block == "scaling" else block]
 
 
@@ -342,7 +349,7 @@ def summary(device: Device) -> str:
     """The tables that stand in a README, and where the rest is."""
     parts = [caption(device.rows())]
     for name, make in BLOCKS.items():
-        table = make(device) if name != "demo" else ""
+        table = make(device) if name not in OTHERS else ""
         parts += [f"{name}:", table] if table else []
     parts.append(f"More tables and plots: {device.folder / 'report.md'}")
     return "\n\n".join(parts)

@@ -1,0 +1,111 @@
+"""Tables of what GeoT learns: beside SchNet, of pair energies, and how fast it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .ratios import Device, Row, digits, grouped, markdown, ordered
+
+GEOT, SCHNET = "GeoT", "SchNet"
+TARGETS = ("gap", "homo", "U0", "mu")
+ENERGIES = {"coulomb": "Coulomb", "lennard_jones": "Lennard-Jones", "bonds": "bonds alone"}
+METHODS = ("weight", "weight x value", "gradient x weight")
+TRUTH = "true energies"
+SETTING = ("target", "train_molecules", "budget_s", "device", "threads")
+COMPARED = ("train_molecules_per_s", "inference_molecules_per_s", "parameters")
+SHARES = {
+    "attention": "attention",
+    "matrix_products": "matrix products",
+    "normalization": "norms",
+    "other_operators": "other operators",
+}
+
+
+def message_passing(device: Device) -> str:
+    """Errors and speeds of two networks after the same time."""
+    lines = []
+    for group in grouped(by_target(device.others["message_passing"]), SETTING):
+        found = {row["network"]: row for row in group}
+        if not {GEOT, SCHNET} <= set(found):
+            continue
+        ours, other = found[GEOT], found[SCHNET]
+        errors = [float(row["mae"]) for row in (ours, other)]
+        lines.append(
+            [
+                f"{ours['target']}, {ours['unit']}",
+                *(digits(error) for error in errors),
+                f"{errors[0] / errors[1]:.2f}",
+                *(
+                    _pair(ours, other, f"{what}_molecules_per_s")
+                    for what in ("train", "inference")
+                ),
+                _pair(ours, other, "parameters"),
+            ]
+        )
+    if not lines:
+        return ""
+    head = ["mean absolute error", GEOT, SCHNET, "ratio", "molecules/s, training"]
+    head += ["molecules/s, inference", "parameters"]
+    row = device.others["message_passing"][0]
+    said = (
+        f"{int(row['train_molecules']):,} training molecules, {row['budget_s']} s of one core for "
+        f"each network and target, {int(row['test_molecules']):,} test molecules"
+    )
+    return f"{said}; GeoT / SchNet:\n\n{markdown(head, lines)}"
+
+
+def _pair(ours: Row, other: Row, column: str) -> str:
+    return " / ".join(f"{float(row[column]):,.0f}" for row in (ours, other))
+
+
+def by_target(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: TARGETS.index(row["target"]))
+
+
+def simulation(device: Device) -> str:
+    """How well each way to read attention finds the true pair energies."""
+    rows = device.others["simulation"]
+    lines = []
+    for energy in ordered((row["energy"] for row in rows), ENERGIES):
+        found = {row["method"]: row for row in rows if row["energy"] == energy}
+        some = next(iter(found.values()))
+        name = f"{ENERGIES[energy]} (error {some['mae_eV']} of {some['spread_eV']} eV)"
+        lines.append([name, *(_judged(found[method]) for method in METHODS), _truth(found[TRUTH])])
+    if not lines:
+        return ""
+    said = (
+        "Rank correlation of a pair's strength with its true energy, median and quartiles over "
+        f"{rows[0]['molecules']} molecules · change of the prediction without the strongest "
+        "pairs, over that without random ones:"
+    )
+    return f"{said}\n\n{markdown(['energy', *METHODS, 'the truth itself'], lines)}"
+
+
+def _judged(row: Row) -> str:
+    low, median, high = (
+        float(row[f"spearman_{name}"]) for name in ("lower_quartile", "median", "upper_quartile")
+    )
+    return f"{median:.2f} ({low:.2f} to {high:.2f}) · {_truth(row)}"
+
+
+def _truth(row: Row) -> str:
+    return f"{float(row['deletion_over_random']):.1f}×"
+
+
+def inference(device: Device) -> str:
+    """Molecules a second, and where the time goes."""
+    lines = [
+        [
+            row["preset"],
+            f"{int(row['molecules']):,}",
+            f"{float(row['seconds']):.1f}",
+            f"{int(row['molecules_per_s']):,}",
+            *(f"{100 * float(row[f'share_of_{name}']):.0f} %" for name in SHARES),
+            f"{100 * float(row['share_of_batches']):.0f} %",
+        ]
+        for row in device.others["inference"]
+    ]
+    if not lines:
+        return ""
+    head = ["preset", "molecules", "s", "molecules/s", *SHARES.values(), "making batches"]
+    return markdown(head, lines)
