@@ -5,7 +5,7 @@
 All of `geot_model.prediction.predict` is timed, from packed arrays to values in units, with as
 many threads as PyTorch takes; weights are random, which costs the same as others. Parts are
 shares of the processor time of PyTorch's operators, by its profiler, in a run of some thousand
-molecules; and making batches, timed alone, as a share of all. Results go into `inference.csv`.
+molecules; and making batches, as a share of all. Results go into `inference.csv`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import argparse
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from geot_model.prediction import BATCH_SIZE, predict
-from geot_model.targets import TargetScaler
 from torch.profiler import ProfilerActivity, profile
 
 from geot_kernels.radial import GaussianBasis
-from geot_model.batches import Batches
+from geot_model import prediction
 from geot_model.checkpoint import Card
 from geot_model.model import GeoT
 from geot_model.molecules import Molecules
+from geot_model.prediction import predict
 from geot_model.presets import PRESETS, preset
 from geot_model.qm9 import load_qm9
+from geot_model.targets import TargetScaler
 
 from . import rows, timing
 
@@ -43,7 +44,7 @@ COLUMNS = (
     *KEY,
     *("seconds", "molecules_per_s", "reading_s", "share_of_batches"),
     *(f"share_of_{name}" for name in (*PARTS, "other_operators")),
-    *("batch_size", "rounds", "other_cores"),
+    *("rounds", "other_cores"),
     *("machine", "processor", "python", "torch", "triton", "cuda", "geot_kernels", "commit"),
 )
 
@@ -71,6 +72,23 @@ def parts(model: GeoT, molecules: Molecules) -> dict[str, float]:
     return {name: value / whole for name, value in spent.items()}
 
 
+def packing(model: GeoT, molecules: Molecules) -> float:
+    """Seconds that it takes to make the batches of a prediction."""
+    spent = 0.0
+    pack = prediction.pack
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal spent
+        start = time.perf_counter()
+        batch = pack(*arguments)
+        spent += time.perf_counter() - start
+        return batch
+
+    with mock.patch.object(prediction, "pack", timed):
+        predict(model, molecules)
+    return spent
+
+
 def measure(name: str, count: int | None) -> dict[str, str]:
     """The row of a preset."""
     start = time.perf_counter()
@@ -86,17 +104,14 @@ def measure(name: str, count: int | None) -> dict[str, str]:
         predict(model, molecules)
         seconds.append(time.perf_counter() - start)
     busy = others()
-    start = time.perf_counter()
-    for _ in Batches(molecules, None, BATCH_SIZE):
-        pass
-    batches = time.perf_counter() - start
+    batches = packing(model, molecules)
     spent = float(np.median(seconds))
     row: dict[str, Any] = {
         **{"preset": name, "targets": 1, "molecules": len(molecules)},
         **{"seconds": f"{spent:.4g}", "molecules_per_s": f"{len(molecules) / spent:.0f}"},
         **{"reading_s": f"{reading:.3g}", "share_of_batches": f"{batches / spent:.3f}"},
         **{f"share_of_{n}": f"{v:.3f}" for n, v in parts(model, molecules[:PROFILED]).items()},
-        **{"batch_size": BATCH_SIZE, "rounds": ROUNDS, "other_cores": busy},
+        **{"rounds": ROUNDS, "other_cores": busy},
         **{k: v for k, v in rows.where("cpu").items() if k in COLUMNS},
     }
     return {name: str(value) for name, value in row.items()}
