@@ -52,9 +52,9 @@ COLUMNS = (
 def network(name: str, molecules: Molecules) -> GeoT:
     """A network with random weights that can predict."""
     torch.manual_seed(0)
-    config = preset(name, readout=["mean"])
+    config = preset(name)
     options: dict[str, Any] = {**config, "basis": GaussianBasis(**config["basis"])}
-    model = GeoT(1, **options).eval()
+    model = GeoT(1, readout="mean", **options).eval()
     scaler = TargetScaler.fit(molecules, ("gap",), ("mean",), {"gap": "none"})
     model.card = Card(config, scaler, molecules.elements, molecules.max_atoms, (), {})
     return model

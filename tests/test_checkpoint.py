@@ -1,162 +1,331 @@
-"""Checkpoints: what comes back, and what is said of files that are none."""
+"""Model files: what comes back, and what is said of files that are none."""
 
 import dataclasses
+import json
+import pickle
+import random
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from geot_model.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    build_model,
-    load_checkpoint,
-    save_checkpoint,
-)
-from geot_model.molecules import pad_batch
+from geot_model import checkpoint
+from geot_model.batches import pack
+from geot_model.checkpoint import Card, CheckpointError, build_model, load_model, save_model
+from geot_model.presets import PRESETS, preset
 from geot_model.qm9 import load_qm9
+from geot_model.targets import TargetScaler
 
 CONFIG = {
     "embed_dim": 8,
     "num_heads": 2,
     "num_layers": 1,
+    "readout_dim": 4,
     "attention_scale": True,
-    "basis": {"num_basis": 6, "r_max": 12.0},
+    "atom_embedding": True,
+    "basis": {"num_basis": 6, "r_max": 12.0, "gamma": None},
     "filter_hidden": 8,
     "r_max": 12.0,
     "num_knots": 32,
 }
-ELEMENTS = (1, 6, 7, 8, 9)
 
 
-@pytest.fixture
-def checkpoint() -> Checkpoint:
-    torch.manual_seed(0)
-    return Checkpoint(
-        config=CONFIG,
-        state_dict=build_model(CONFIG, 2, ELEMENTS).state_dict(),
-        targets={"homo": "eV", "gap": "eV"},
-        mean=torch.tensor([-6.5, 6.8], dtype=torch.float64),
-        std=torch.tensor([0.6, 1.3], dtype=torch.float64),
-        elements=ELEMENTS,
+def make_card(**config):
+    scaler = TargetScaler(
+        names=("U0", "mu"),
+        units=("eV", ""),
+        readouts=("sum", "dipole"),
+        mean=(-4.5, 0.0),
+        std=(0.1 + 0.2, 1.3),
+        references={"U0": {1: -13.6, 6: -1029.9, 7: -1485.3, 8: -2042.6, 9: -2713.5}},
+    )
+    return Card(
+        config=CONFIG | config,
+        scaler=scaler,
+        elements=(1, 6, 7, 8, 9),
         max_atoms=27,
-        held_out=("gdb_5", "gdb_9"),
-        training={"data": "qm9-sample", "epoch": 3},
+        held_out=("gdb_5", "Größe"),
+        training={"data": {"source": "qm9-sample"}, "epoch": 3, "file": None},
     )
 
 
-def saved_with(checkpoint, path, **changes):
-    """Write a checkpoint, then what `changes` makes of its content."""
-    save_checkpoint(checkpoint, path)
-    content = torch.load(path, weights_only=True) | changes
-    torch.save({name: value for name, value in content.items() if value is not None}, path)
+@pytest.fixture(scope="module")
+def card():
+    return make_card()
 
 
-def test_everything_comes_back(checkpoint, tmp_path):
-    save_checkpoint(checkpoint, tmp_path / "model.pt")
-    loaded = load_checkpoint(tmp_path / "model.pt")
-    for field in dataclasses.fields(Checkpoint):
-        got, expected = getattr(loaded, field.name), getattr(checkpoint, field.name)
-        if field.name == "state_dict":
-            assert got.keys() == expected.keys()
-            assert all(torch.equal(got[name], expected[name]) for name in got)
-        elif isinstance(expected, torch.Tensor):
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
-        else:
-            assert got == expected, field.name
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+@pytest.fixture(scope="module")
+def model(card):
+    torch.manual_seed(0)
+    return build_model(card)
 
 
-def test_loaded_model_predicts_the_same_in_the_unit_of_the_targets(checkpoint, tmp_path):
-    save_checkpoint(checkpoint, tmp_path / "model.pt")
-    loaded = load_checkpoint(tmp_path / "model.pt")
-    batch = pad_batch(load_qm9()[:5])
-    model = build_model(CONFIG, 2, ELEMENTS)
-    model.load_state_dict(checkpoint.state_dict)
-    expected = model.eval()(*batch).detach().double().numpy() * [0.6, 1.3] + [-6.5, 6.8]
-    got = loaded.predict(loaded.model(), *batch)
-    assert got.dtype == torch.float64
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
+@pytest.fixture(scope="module")
+def content(model, card, tmp_path_factory):
+    """The bytes of a file."""
+    path = tmp_path_factory.mktemp("content") / "model.safetensors"
+    save_model(model, card, path)
+    return path.read_bytes()
 
 
-def test_failed_save_leaves_the_old_file_whole(checkpoint, tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save_checkpoint(checkpoint, path)
+@pytest.fixture
+def path(content, tmp_path):
+    """A file that may be spoilt."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    return path
 
-    def half_written(content, file):
-        file.write_bytes(b"PK")
+
+def rewrite(path, change_card=None, change_tensors=None, **header):
+    """Write a file again with changes, with the digest that belongs to them."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["geot"])
+    tensors = load_file(path)
+    for change, subject in ((change_card, content["card"]), (change_tensors, tensors)):
+        if change is not None:
+            change(subject)
+    content["sha256"] = checkpoint._digest(json.dumps(content["card"]), tensors)
+    save_file(tensors, path, {"geot": json.dumps(content | header)})
+
+
+def refused(path, message):
+    """Assert that a file is refused, by its name, with a reason and what was expected."""
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{message}.*expected"):
+        load_model(path)
+
+
+def test_everything_comes_back(model, card, path, tmp_path):
+    loaded = load_model(path)
+    assert loaded.card == card
+    assert not loaded.training
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(state[name].cpu(), expected[name], rtol=0, atol=0, msg=name)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_loaded_model_computes_the_same(model, path):
+    sample = load_qm9()
+    batch = pack(sample, range(5))
+    inputs = {"ptr": batch.ptr, "max_atoms": batch.max_atoms}
+    expected = model(batch.numbers, batch.positions, **inputs)
+    got = load_model(path, device="cpu")(batch.numbers, batch.positions, **inputs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_folder_of_a_run_will_do(card, path):
+    assert load_model(path.parent).card == card
+    assert load_model(str(path.parent)).card == card
+
+
+def test_loaded_model_can_be_saved_again_to_the_same_bytes(path, content):
+    loaded = load_model(path)
+    save_model(loaded, loaded.card, path)
+    assert path.read_bytes() == content
+
+
+def test_weights_of_any_precision_are_written_in_float32(card, path):
+    torch.manual_seed(1)
+    model = build_model(card).double()
+    save_model(model, card, path)
+    loaded = load_model(path)
+    assert loaded.embedding.weight.dtype == torch.float32
+    torch.testing.assert_close(
+        loaded.embedding.weight.cpu(), model.embedding.weight.float(), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_configurations(name):
+    with torch.device("meta"):
+        model = build_model(make_card(**preset(name)), device="meta")
+    assert len(model.layers) == PRESETS[name]["num_layers"]
+
+
+def test_exact_filters_need_no_kernels():
+    model = build_model(make_card(radial="exact"), device="meta")
+    assert model.layers[0].attention.backend == "reference"
+
+
+def test_failed_save_leaves_the_old_file_whole(model, card, path, content, monkeypatch):
+    def half_written(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", half_written)
+    monkeypatch.setattr(checkpoint, "save_file", half_written)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(checkpoint, path)
-    assert load_checkpoint(path).max_atoms == 27
+        save_model(model, card, path)
+    assert path.read_bytes() == content
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_card_with_a_number_that_is_none_is_not_saved(model, card, tmp_path):
+    spoilt = dataclasses.replace(card, training={"loss": float("nan")})
+    with pytest.raises(ValueError, match="Out of range float"):
+        save_model(model, spoilt, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nothing\.pt: no such file; expected a model"):
-        load_checkpoint(tmp_path / "nothing.pt")
-
-
-@pytest.mark.parametrize("content", [b"", b"C1CC1 name\n", b"\x80\x02", bytes(range(256)) * 9])
-def test_foreign_bytes_are_refused(content, tmp_path):
-    path = tmp_path / "foreign.pt"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"foreign\.pt: damaged or no checkpoint; expected"):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed byte"])
-def test_damaged_file_is_refused(damage, checkpoint, tmp_path):
-    path = tmp_path / "model.pt"
-    save_checkpoint(checkpoint, path)
-    content = bytearray(path.read_bytes())
-    if damage == "cut":
-        content = content[: len(content) // 2]
-    else:
-        largest = max(checkpoint.state_dict.values(), key=torch.numel)
-        weights = largest.numpy().tobytes()
-        content[content.index(weights) + 5] ^= 255
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.pt: damaged or no checkpoint"):
-        load_checkpoint(path)
-
-
-def test_pickled_code_does_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "evil"), "w"))
-
-    torch.save({"format": "geot-checkpoint", "config": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match=r"evil\.pt"):
-        load_checkpoint(tmp_path / "evil.pt")
-    assert not (tmp_path / "evil").exists()
-
-
-def test_other_tensor_file_is_refused(tmp_path):
-    torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"weights\.pt: no model; expected"):
-        load_checkpoint(tmp_path / "weights.pt")
+    refused(tmp_path / "model.safetensors", "no such file")
+    refused(tmp_path, "no such file")
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("spoilt", "message"),
     [
-        ({"version": 2}, "expected version 1 of the format, got 2"),
-        ({"targets": None}, "targets: expected dict, got NoneType"),
-        ({"elements": [1, 6]}, "elements: expected tuple, got list"),
-        ({"mean": torch.zeros(3)}, r"mean: expected \[2\], got \[3\]"),
-        ({"config": CONFIG | {"embed_dim": 16}}, "contradicts itself"),
-        ({"config": CONFIG | {"colour": "red"}}, "contradicts itself"),
-        ({"state_dict": {}}, "contradicts itself"),
+        (b"", "an empty file"),
+        (b"C1CC1 name\n", "damaged, or no model"),
+        (bytes(range(256)) * 9, "damaged, or no model"),
+        (b"\xff" * 8 + b"{}", "damaged, or no model"),
+        (pickle.dumps({"weights": 1}), "a pickle, which is never opened"),
     ],
 )
-def test_wrong_content_is_named(changes, message, checkpoint, tmp_path):
-    saved_with(checkpoint, tmp_path / "model.pt", **changes)
-    with pytest.raises(CheckpointError, match=rf"model\.pt: .*{message}"):
-        load_checkpoint(tmp_path / "model.pt")
+def test_foreign_bytes_are_refused(spoilt, message, path):
+    path.write_bytes(spoilt)
+    refused(path, message)
+
+
+def test_states_of_training_and_other_files_of_pytorch_are_told_apart(path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(path.parent / "evil"), "w"))
+
+    torch.save({"pytorch-lightning_version": "2.6", "state_dict": Evil()}, path)
+    refused(path, "a file of PyTorch, perhaps a state of training")
+    path.write_bytes(pickle.dumps(Evil()))
+    refused(path, "a pickle")
+    assert not (path.parent / "evil").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"geot": "[1, 2"}, {"geot": "[]"}])
+def test_other_safetensors_are_refused(metadata, path):
+    save_file({"weight": torch.ones(3)}, path, metadata)
+    refused(path, "damaged, or a safetensors file of something else")
+
+
+def test_no_truncated_file_is_read(path, content):
+    header = 8 + int.from_bytes(content[:8], "little")
+    lengths = {*range(0, 16), header - 1, header, header + 1, len(content) - 1}
+    lengths |= set(random.Random(0).sample(range(len(content)), 60))
+    for length in lengths:
+        path.write_bytes(content[:length])
+        refused(path, "")
+
+
+def test_no_changed_byte_is_believed(path, content, card):
+    choose = random.Random(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    places = [*range(24), *choose.choices(range(header), k=150)]
+    places += choose.choices(range(header, len(content)), k=60)
+    survived = 0
+    for place in places:
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1 << choose.randrange(8)
+        path.write_bytes(spoilt)
+        try:
+            loaded = load_model(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            assert "expected" in str(error)
+        else:  # a space in the header that is another blank now
+            survived += 1
+            assert loaded.card == card
+    assert survived < 5
+
+
+def put(*keys, value):
+    """A change of a nested value."""
+
+    def change(subject):
+        for key in keys[:-1]:
+            subject = subject[key]
+        subject[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda card: card.pop("scaler"), "card.scaler: missing"),
+        (lambda card: card["scaler"].pop("mean"), "card.scaler.mean: missing"),
+        (put("elements", value=[1, "6"]), "card.elements.1: not a valid integer: '6'"),
+        (put("elements", value=[]), "card.config: elements: expected different atomic numbers"),
+        (put("elements", value=[1, 6, 7, 8, 130]), "card.config: elements: expected different"),
+        (put("elements", value=[1, 6, 7, 8, 17]), "type_of: not the elements of the card"),
+        (put("max_atoms", value="27"), "card.max_atoms: not a valid integer"),
+        (put("held_out", value="gdb_5"), "card.held_out: not"),
+        (put("scaler", "mean", value=[float("nan"), 0]), "card: numbers that are not finite"),
+        (put("scaler", "std", value=[1, -1]), "card.scaler.std: expected numbers > 0"),
+        (put("scaler", "std", value=[1]), "card.scaler.std: expected 2"),
+        (put("scaler", "readouts", value=["sum", "max"]), "card.scaler.readouts: expected"),
+        (put("scaler", "references", value={"U0": {"H": 1}}), "card.scaler.references.U0.H"),
+        (put("config", value=[]), "card.config: not an object"),
+        (put("config", "embed_dim", value=16), "embedding.weight: .*100, 8.* asks for .*100, 16"),
+        (put("config", "embed_dim", value=2**40), "card.config.embed_dim: 1099511627776, but"),
+        (put("config", "embed_dim", value="8"), "card.config.embed_dim: not a valid integer: '8'"),
+        (put("config", "embed_dim", value=0), "card.config: "),
+        (put("config", "num_heads", value=2.0), "card.config.num_heads: not a valid integer"),
+        (put("config", "num_heads", value=3), "card.config: "),
+        (put("config", "num_layers", value=2), "card.config.num_layers: 2, but .* at most 1"),
+        (put("config", "num_knots", value=10**12), "card.config.num_knots: 1000000000000, but"),
+        (put("config", "num_knots", value=True), "card.config.num_knots: not a valid integer"),
+        (put("config", "r_max", value=float("inf")), "card: numbers that are not finite"),
+        (put("config", "basis", value={"num_basis": 6}), "card.config: "),
+        (put("config", "basis", value=[6, 12.0]), "card.config: "),
+        (put("config", "basis", "num_basis", value=10**12), "card.config.num_basis: 10000"),
+        (put("config", "basis", "r_max", value=-1.0), "card.config: r_max: expected"),
+        (put("config", "score", value="bias"), "layers.0.attention.radial"),
+        (put("config", "radial", value=None), "card.config.radial: not a valid string: None"),
+        (put("config", "colour", value="red"), "card.config: .*colour"),
+        (put("config", "backend", value="eager"), "card.config: .*backend"),
+        (put("config", "parallel", value=True), r"layers.0.norm2.bias: .* asks for none"),
+    ],
+)
+def test_wrong_card_is_named(change, message, path):
+    rewrite(path, change_card=change)
+    refused(path, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("type_of"),
+            "type_of: none where the card asks for torch.int64",
+        ),
+        (put("more", value=torch.ones(2)), "more: .* asks for none"),
+        (put("embedding.weight", value=torch.ones(100, 9)), "embedding.weight: .*100, 9"),
+        (
+            put("embedding.weight", value=torch.ones(100, 8).double()),
+            "embedding.weight: .*float64",
+        ),
+        (put("output_offset", value=torch.tensor(torch.nan)), "output_offset: .*not finite"),
+        (put("output_offset", value=torch.tensor(torch.inf)), "output_offset: .*not finite"),
+        (put("type_of", value=torch.arange(100)), "type_of: not the elements"),
+    ],
+)
+def test_wrong_weights_are_named(change, message, path):
+    rewrite(path, change_tensors=change)
+    refused(path, message)
+
+
+def test_newer_version_is_named_though_all_else_may_be_different(path):
+    rewrite(path, lambda card: card.clear(), version=2)
+    refused(path, "version 2 of the format, which a newer geot-kernels wrote; ")
+    rewrite(path, version="1")
+    refused(path, "version '1' of the format")
+
+
+def test_rewriting_without_a_change_is_no_damage(path, card):
+    rewrite(path)
+    assert load_model(path).card == card
 
 
 def test_import_is_quick_and_has_all_names():

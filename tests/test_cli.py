@@ -1,4 +1,4 @@
-"""The command `geot`, as its user sees it, and the explanations behind `geot explain`."""
+"""The command `geot`, as its user sees it."""
 
 import csv
 import re
@@ -8,25 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from matplotlib.image import imread
-from test_training import interrupt_at
+import yaml
+from test_training import FILES, TINY, interrupt_at
 from typer.testing import CliRunner
 
-from geot_model import cli, dataset, results
+import geot_model
+from geot_model import cli, explain, training
 from geot_model.__main__ import main
-from geot_model.checkpoint import load_checkpoint
-from geot_model.explain import (
-    aggregate_attention,
-    explain_molecule,
-    file_stems,
-    formula,
-    held_out,
-)
-from geot_model.molecule import Molecule
-from geot_model.qm9 import load_qm9
+from geot_model.checkpoint import load_model
+from geot_model.settings import Settings
 
-TINY = ["--molecules", "60", "--epochs", "2", "--embed-dim", "8", "--heads", "2", "--layers", "1"]
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A configuration of a small and short run."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    TINY.change(training={"epochs": EPOCHS}).write(path)
+    return path
 
 
 def geot(*arguments):
@@ -34,9 +34,9 @@ def geot(*arguments):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    result = geot("train", "-o", folder, *TINY)
+    result = geot("train", config, "-o", folder)
     assert result.exit_code == 0, result.output
     return folder, result
 
@@ -62,135 +62,215 @@ def test_train_ends_with_the_table_and_the_files(trained):
         line for line in result.stdout.splitlines() if line.count("eV") or "GeoT" in line
     )
     assert header.index("GeoT") < header.index("linear model") < header.index("always the mean")
-    assert [row.split()[1] for row in rows] == ["homo", "lumo", "gap"]
+    assert [row.split()[1] for row in rows] == ["homo", "gap"]
     assert "epoch   2/2" in result.stdout
     files = listed_files(result.stdout)
-    assert {file.name for file in files} == {"best.pt", "last.ckpt", "results.csv"}
-    assert all(file.is_file() and file.parent == folder for file in files)
+    assert {file.name for file in files} == FILES
+    assert all(file.exists() and file.parent == folder for file in files)
     assert result.stderr == ""
 
 
-def test_a_run_is_not_overwritten(trained):
+def chosen_settings(monkeypatch, *arguments):
+    """The settings with which `geot train` would train."""
+    chosen = []
+
+    def load_split(settings):
+        chosen.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(training, "load_split", load_split)
+    result = geot("train", *arguments)
+    assert_one_clear_line(result, "enough")
+    return chosen[0]
+
+
+def test_options_are_settings(monkeypatch, tmp_path):
+    options = [
+        *("--data", "qm9", "--targets", "mu,U0", "--molecules", 50, "--preset", "base"),
+        *("--epochs", 7, "--batch-size", 8, "--lr", 0.01, "--seed", 3, "--max-minutes", 2),
+        *("--precision", "bf16-mixed", "--devices", 1, "--set", "model.num_layers=2"),
+        *("--set", "data.targets.mu.readout=sum", "--set", "split.seed=4"),
+    ]
+    expected = Settings(
+        data={"source": "qm9", "molecules": 50, "targets": {"mu": {"readout": "sum"}, "U0": {}}},
+        split={"seed": 4},
+        model={"preset": "base", "num_layers": 2},
+        training={
+            **{"epochs": 7, "batch_size": 8, "learning_rate": 0.01, "seed": 3, "max_minutes": 2},
+            "precision": "bf16-mixed",
+        },
+    )
+    assert chosen_settings(monkeypatch, "-o", tmp_path, *options) == expected
+    assert chosen_settings(monkeypatch, "-o", tmp_path) == Settings()
+
+
+def test_options_change_the_configuration(monkeypatch, tmp_path, config):
+    options = ["--epochs", 9, "--set", "training.ema=0"]
+    found = chosen_settings(monkeypatch, config, "-o", tmp_path, *options)
+    assert found == TINY.change(training={"epochs": 9, "ema": 0})
+
+
+def test_a_run_is_not_overwritten(trained, config):
     folder, _ = trained
-    before = (folder / "best.pt").read_bytes()
-    assert_one_clear_line(geot("train", "-o", folder, *TINY), folder, "--resume")
-    assert (folder / "best.pt").read_bytes() == before
+    before = (folder / "model.safetensors").read_bytes()
+    assert_one_clear_line(geot("train", config, "-o", folder), folder, "--resume")
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_resume_goes_on_with_the_settings_of_the_run(tmp_path):
-    first = geot("train", "-o", tmp_path, *TINY, "--max-minutes", 0)
+def test_resume_goes_on_with_the_settings_of_the_run(tmp_path, config):
+    first = geot("train", config, "-o", tmp_path, "--max-minutes", 0)
     assert "the time was up after 1 of 2 epochs" in first.stdout
-    second = geot("train", "-o", tmp_path, "--resume")
+    second = geot("train", "-o", tmp_path, "--resume", "--max-minutes", 60)
     assert second.exit_code == 0
     assert "epoch   2/2" in second.stdout
     assert "epoch   1/2" not in second.stdout
-    assert load_checkpoint(tmp_path / "best.pt").training["embed_dim"] == 8
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["model"]["embed_dim"] == 8
+    assert saved["training"]["max_minutes"] == 60
 
 
-def test_resume_refuses_other_settings(trained):
-    result = geot("train", "-o", trained[0], "--resume", "--lr", 0.1)
-    assert_one_clear_line(result, "--learning-rate")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--lr", 0.1], "--learning-rate"),
+        (["--set", "model.num_layers=3"], "--set"),
+        (["tiny.yaml"], "CONFIG"),
+    ],
+)
+def test_resume_refuses_other_settings(trained, arguments, named):
+    result = geot("train", "-o", trained[0], "--resume", *arguments)
+    assert_one_clear_line(result, f"{named}: cannot be changed with --resume")
 
 
 @pytest.mark.parametrize("step", [1, 5])
-def test_interruption_says_how_to_go_on(tmp_path, monkeypatch, step):
+def test_interruption_says_how_to_go_on(tmp_path, monkeypatch, config, step):
     interrupt_at(monkeypatch, step)
-    result = geot("train", "-o", tmp_path, *TINY, "--batch-size", 16)
+    result = geot("train", config, "-o", tmp_path)
     assert result.exit_code == 130
     expected = "nothing to go on from" if step == 1 else f"geot train --resume -o {tmp_path}"
     assert expected in result.stderr
 
 
+def test_divergence_is_said_in_a_line(tmp_path, config):
+    options = ["--lr", 1e30, "--set", "training.warm_up=0", "--set", "training.clip=0"]
+    result = geot("train", config, "-o", tmp_path, *options)
+    assert_one_clear_line(result, "the training error of epoch 1", "learning_rate")
+
+
 @pytest.fixture
 def molecules(tmp_path):
-    file = tmp_path / "some.smi"
-    file.write_text("CCO ethanol\nC1CC broken\nCBr bromo\n\nc1ccccc1 a/b: c\nCCO ethanol\n")
+    file = tmp_path / "some.csv"
+    file.write_text("id,SMILES\nethanol,CCO\nbroken,C1CC\nbromo,CBr\nbenzene,c1ccccc1\n")
     return file
 
 
-def test_explain_file(trained, molecules, tmp_path):
-    output = tmp_path / "pictures"
-    result = geot("explain", trained[0] / "best.pt", molecules, "-o", output, "--pairs", 3)
+def test_predict_reports_by_line_and_predicts_the_rest(trained, molecules, tmp_path):
+    output = tmp_path / "new" / "out.csv"
+    result = geot("predict", trained[0], molecules, "-o", output, "--name-column", "id")
     assert result.exit_code == 0
     broken, bromine = result.stderr.splitlines()
-    assert f"{molecules}:2" in broken and "C1CC" in broken
-    assert "bromo" in bromine and "Br" in bromine and "C, N, O" in bromine
-    with (output / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == ["ethanol", "a/b: c", "ethanol"]
-    assert [row["formula"] for row in rows] == ["C2H6O", "C6H6", "C2H6O"]
-    assert rows[0]["QM9 gap [eV]"] == ""
-    assert f"{float(rows[0]['gap [eV]']):.2f}" in result.stdout
-    assert "gap [eV]" in result.stdout
-    files = listed_files(result.stdout)
-    stems = ["ethanol", "a_b_c", "ethanol-2"]
-    pictures = [f"{stem}-{what}.png" for stem in stems for what in ("attention", "pairs")]
-    assert [file.name for file in files] == ["predictions.csv", *pictures]
-    assert set(files) == set(output.iterdir())
-    for file in files[1:]:
-        assert np.ptp(imread(file)[..., :3]) > 0.5
+    assert f"{molecules}:3" in broken and "C1CC" in broken
+    assert "bromo" in bromine and "Br" in bromine
+    with output.open(newline="", encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    model = load_model(trained[0] / "model.safetensors")
+    expected = model.predict(training.read(molecules, name="id").molecules)
+    for name, values in zip(expected.names, expected.values, strict=True):
+        if np.isfinite(values).all():
+            found = [float(v) for key, v in rows[name].items() if key.startswith(("homo", "gap"))]
+            assert found == pytest.approx(values.tolist(), rel=1e-4)
+    assert {"ethanol", "benzene"} <= rows.keys()
+    assert "2 of 4 molecules" in result.stdout
+    assert listed_files(result.stdout) == [output]
 
 
-def test_explain_without_file_takes_what_was_never_seen(trained, tmp_path):
-    result = geot("explain", trained[0] / "best.pt", "-o", tmp_path, "--count", 2)
-    assert result.exit_code == 0
-    test = dataset.Split.load(dataset.Settings(molecules=60)).test
-    with (tmp_path / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == test.names[:2].tolist()
-    predicted = results.predict(load_checkpoint(trained[0] / "best.pt"), test)
-    for place, row in enumerate(rows):
-        for column, target in enumerate(("homo", "lumo", "gap")):
-            known, value = row[f"QM9 {target} [eV]"], row[f"{target} [eV]"]
-            assert float(known) == pytest.approx(test.targets[target][place], abs=1e-4)
-            assert float(value) == pytest.approx(predicted[place, column].item(), abs=1e-3)
-
-
-def test_explain_warns_of_larger_molecules_than_seen(trained, tmp_path):
-    (tmp_path / "long.smi").write_text("C" * 30 + " chain\n")
-    result = geot("explain", trained[0] / "best.pt", tmp_path / "long.smi", "-o", tmp_path / "out")
-    assert result.exit_code == 0
-    assert "chain: 92 atoms, more than" in result.stderr
-
-
-def test_explain_fails_where_nothing_can_be_explained(trained, tmp_path):
+def test_predict_fails_where_nothing_can_be_predicted(trained, tmp_path):
     (tmp_path / "salt.smi").write_text("[Na+].[Cl-] salt\n")
-    result = geot("explain", trained[0] / "best.pt", tmp_path / "salt.smi", "-o", tmp_path / "out")
+    result = geot("predict", trained[0], tmp_path / "salt.smi", "-o", tmp_path / "out.csv")
     assert result.exit_code == 1
-    assert "salt: Na, Cl" in result.stderr
+    assert "salt" in result.stderr and "no molecule to predict" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.fixture
+def explained(monkeypatch):
+    """What `explain.run` is asked for; it writes nothing."""
+    asked = []
+
+    def run(model, data, folder, **options):
+        asked.append((data.molecules.names.tolist(), folder, options))
+        return [folder / "page.html"] if len(data.molecules) else []
+
+    monkeypatch.setattr(explain, "run", run)
+    return asked
+
+
+def test_explain_explains_the_file(trained, molecules, tmp_path, explained):
+    options = ["--pairs", 3, "--method", "raw", "--name-column", "id"]
+    result = geot("explain", trained[0], molecules, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0
+    assert explained == [
+        (["ethanol", "bromo", "benzene"], tmp_path / "out", {"num_pairs": 3, "method": "raw"})
+    ]
+    assert f"{molecules}:3" in result.stderr
+    assert listed_files(result.stdout) == [tmp_path / "out" / "page.html"]
+
+
+def test_explain_without_file_takes_what_was_never_seen(trained, tmp_path, explained):
+    result = geot("explain", trained[0], "-o", tmp_path, "--count", 2)
+    assert result.exit_code == 0
+    names, _, options = explained[0]
+    assert len(names) == 2
+    assert set(names) <= set(training.load_split(TINY)[0].test.names)
+    assert options == {"num_pairs": 5}
+
+
+def test_explain_fails_where_nothing_can_be_explained(trained, tmp_path, explained):
+    (tmp_path / "bad.smi").write_text("C1CC broken\n")
+    result = geot("explain", trained[0], tmp_path / "bad.smi", "-o", tmp_path / "out")
+    assert result.exit_code in (1, 2)
+    assert "bad.smi" in result.stderr
 
 
 def test_demo_ends_with_files_that_are_there(tmp_path):
     folder = tmp_path / "demo"
-    result = geot("demo", "-o", folder, "--molecules", 60, "--epochs", 1)
-    assert result.exit_code == 0
-    assert "linear model" in result.stdout
-    files = listed_files(result.stdout)
-    assert len(files) == 3 + 1 + 2 * 4
-    assert all(file.is_file() for file in files)
-    assert geot("demo", "-o", folder, "--molecules", 60, "--epochs", 1).exit_code == 0
+    for _ in range(2):
+        result = geot("demo", "-o", folder, "--molecules", 60, "--epochs", 1)
+        assert result.exit_code == 0
+        assert "linear model" in result.stdout
+        files = listed_files(result.stdout)
+        assert len(files) > len(FILES) + 4
+        assert all(file.exists() for file in files)
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["train", "--targets", "homo,lomo"], ["targets", "lomo", "mu, alpha"]),
-        (["train", "--targets", ","], ["targets", "none"]),
-        (["train", "--heads", "5"], ["num_heads=5"]),
+        (["train", "--targets", "homo,lomo"], ["lomo", "mu, alpha"]),
+        (["train", "--targets", ","], ["targets: expected one", "none"]),
+        (["train", "--set", "model.num_heads=5"], ["num_heads=5"]),
+        (["train", "--set", "model.num_head=5"], ["model.num_head", "num_heads"]),
+        (["train", "--set", "num_heads"], ["--set", "section.key=value"]),
+        (["train", "--preset", "big"], ["model.preset", "tiny, base, published", "big"]),
         (["train", "--molecules", "4000"], ["molecules", "3000", "4000"]),
+        (["train", "--data", "nothing.csv"], ["nothing.csv"]),
+        (["train", "nothing.yaml"], ["nothing.yaml"]),
+        (["train", "{file}"], ["notes.pdf", "YAML"]),
         (["train", "--resume"], ["last.ckpt", "no such file"]),
-        (["train", "-o", "{file}", *TINY], ["expected a folder"]),
-        (["explain", "nothing.pt"], ["nothing.pt", "no such file"]),
-        (["explain", "{file}"], ["notes.pdf", "geot train"]),
-        (["explain", "{run}/last.ckpt"], ["last.ckpt", "best.pt"]),
-        (["explain", "{run}/best.pt", "nothing.smi"], ["nothing.smi", "no such file"]),
-        (["explain", "{run}/best.pt", "{file}"], ["notes.pdf", ".smi"]),
+        (["train", "{config}", "-o", "{file}"], ["expected a folder"]),
+        (["predict", "nothing.safetensors", "{file}"], ["nothing.safetensors"]),
+        (["predict", "{file}", "{file}"], ["notes.pdf", "geot train"]),
+        (["predict", "{run}/last.ckpt", "{file}"], ["last.ckpt", "model.safetensors"]),
+        (["predict", "{run}", "nothing.smi"], ["nothing.smi"]),
+        (["predict", "{run}", "{file}"], ["notes.pdf"]),
+        (["explain", "nothing.safetensors"], ["nothing.safetensors"]),
+        (["explain", "{run}", "nothing.smi"], ["nothing.smi"]),
     ],
 )
-def test_bad_input_gets_one_line(arguments, parts, trained, tmp_path, monkeypatch):
+def test_bad_input_gets_one_line(arguments, parts, trained, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.pdf").write_text("hello")
-    places = {"file": tmp_path / "notes.pdf", "run": trained[0]}
+    places = {"file": tmp_path / "notes.pdf", "run": trained[0], "config": config}
     result = geot(*(argument.format(**places) for argument in arguments))
     assert_one_clear_line(result, *parts)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.pdf"]
@@ -200,78 +280,19 @@ def test_help_is_quick():
     code = """
 import sys
 from geot_model.cli import app
-assert not {"torch", "rdkit", "lightning", "matplotlib"} & sys.modules.keys()
+assert not {"torch", "rdkit", "lightning", "matplotlib", "pydantic"} & sys.modules.keys()
 app(["--help"])
 """
     shown = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
-    assert all(command in shown.stdout for command in ("train", "explain", "demo"))
+    assert all(command in shown.stdout for command in ("train", "predict", "explain", "demo"))
 
 
-def test_attention_is_the_mean_share_of_absolute_weights():
-    maps = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    maps[1, 1, 2] = 0
-    expected = np.zeros((4, 4))
-    for layer in range(3):
-        for head in range(2):
-            for i in range(4):
-                row = np.abs(maps[layer, head, i].numpy())
-                expected[i] += row / row.sum() / 6 if row.sum() else 0
-    np.testing.assert_allclose(aggregate_attention(maps).numpy(), expected, rtol=1e-12)
-
-
-def test_attention_does_not_depend_on_sign_and_scale_of_a_head():
-    maps = torch.randn(3, 2, 4, 4, dtype=torch.float64)
-    factors = torch.tensor([[1.0, -2.0], [0.1, 5.0], [-7.0, 1.0]])[:, :, None, None]
-    torch.testing.assert_close(aggregate_attention(maps), aggregate_attention(factors * maps))
-
-
-def test_explanation_has_one_row_for_each_atom_that_sums_to_one(trained):
-    checkpoint = load_checkpoint(trained[0] / "best.pt")
-    (molecule, truth), *_ = held_out(checkpoint, 1)
-    explanation = explain_molecule(checkpoint, molecule, truth=truth)
-    assert explanation.attention.shape == (len(molecule.numbers),) * 2
-    np.testing.assert_allclose(explanation.attention.sum(1), 1, rtol=1e-6)
-    assert explanation.truth.keys() == explanation.predictions.keys() == {"homo", "lumo", "gap"}
-
-
-@pytest.mark.parametrize(
-    ("numbers", "positions", "message"),
-    [
-        ([6, 14, 35], np.zeros((3, 3)), "thing: Si, Br is not among"),
-        ([], np.zeros((0, 3)), "thing: no atoms"),
-        ([1, 1], [[0, 0, 0], [0, 0, np.nan]], "thing: a position is not finite"),
-    ],
-)
-def test_molecules_that_cannot_be_explained_are_refused(trained, numbers, positions, message):
-    checkpoint = load_checkpoint(trained[0] / "best.pt")
-    molecule = Molecule(np.array(numbers, np.int64), np.array(positions, np.float32), "thing")
-    with pytest.raises(ValueError, match=message):
-        explain_molecule(checkpoint, molecule)
-
-
-def test_formula_is_in_hill_order():
-    assert formula(np.array([1, 8, 6, 9, 1, 7, 6])) == "C2H2FNO"
-    assert formula(np.array([1, 8, 1])) == "H2O"
-
-
-def test_names_of_files_are_safe_and_different():
-    stems = file_stems(["a/b", "a_b", "A b", "..", "", "x" * 300, "β-carotene", "../../etc"])
-    assert stems == [
-        "a_b", "a_b-2", "A_b-3", "molecule", "molecule-2", "x" * 60, "β-carotene", "etc",
-    ]  # fmt: skip
-
-
-def test_held_out_are_never_training_molecules(trained):
-    checkpoint = load_checkpoint(trained[0] / "best.pt")
-    split = dataset.Split.load(dataset.Settings(molecules=60))
-    names = [molecule.name for molecule, _ in held_out(checkpoint, 100)]
-    assert names == split.test.names.tolist()
-    sample = load_qm9()
-    for molecule, _ in held_out(checkpoint, 3):
-        one = sample[[str(name) for name in sample.names].index(molecule.name)]
-        assert molecule.numbers.tolist() == one.numbers.tolist()
+def test_every_name_of_the_package_is_there():
+    for name in geot_model.__all__:
+        assert getattr(geot_model, name) is not None
+    assert sorted(geot_model._MODULE_OF) == sorted(geot_model.__all__)
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):

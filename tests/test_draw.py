@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from rdkit import Chem
 
 from geot_model.draw import atom_labels, draw_heatmap, draw_pairs, strongest_pairs
-from geot_model.molecule import Molecule
+from geot_model.molecules import Molecule
 
 
 def picture(path: Path) -> np.ndarray:
@@ -160,8 +160,11 @@ def test_any_molecule_is_drawn(tmp_path: Path, name: str, sign: float) -> None:
     picture(path)
 
 
+STRONGEST = (245, 176, 65)  # colour of the atom with the largest sum
+
+
 def test_marks_are_red_for_positive_and_blue_for_negative_pairs(tmp_path: Path) -> None:
-    red, blue, marked = (217, 136, 128), (122, 163, 205), (255, 224, 138)
+    red, blue, marked = (217, 136, 128), (122, 163, 205), STRONGEST
     n = CAFFEINE.GetNumAtoms()
     path = tmp_path / "pairs.png"
     shares = {}
@@ -187,11 +190,20 @@ def test_marks_are_red_for_positive_and_blue_for_negative_pairs(tmp_path: Path) 
     ids=["at one point", "one behind the other"],
 )
 def test_no_atom_hides_another(tmp_path: Path, positions: object) -> None:
-    w = np.zeros((6, 6))
-    w[0, 1:] = 1.0
-    draw_pairs(molecule([2] * 6, positions), w, tmp_path / "pairs.png")
-    close = np.abs(picture(tmp_path / "pairs.png") * 255 - (255, 224, 138)).max(axis=-1) < 6
-    assert close.sum() > 6 * 0.75 * np.pi * 19**2  # six discs, less names and ranks on them
+    draw_pairs(molecule([2] * 6, positions), np.ones((6, 6)), tmp_path / "pairs.png")
+    close = np.abs(picture(tmp_path / "pairs.png") * 255 - STRONGEST).max(axis=-1) < 6
+    assert close.sum() > 6 * 0.7 * np.pi * 19**2  # six discs, less names, rings and ranks on them
+
+
+def test_atoms_are_darker_the_larger_their_sum(tmp_path: Path) -> None:
+    w = np.diag([9.0, 9.0, 9.0, 9.0])  # what atoms are to themselves does not count
+    w[0, 1], w[1, 0], w[0, 2] = 3.0, 1.0, -2.0  # strengths 2 and 1: sums 3, 2, 1, 0
+    carbons = [[0, 0, 0], [9, 0, 0], [0, 9, 0], [9, 9, 0]]
+    draw_pairs(molecule([6] * 4, carbons), w, tmp_path / "pairs.png", num_pairs=0)
+    image = picture(tmp_path / "pairs.png")
+    for share, is_there in [(1, True), (2 / 3, True), (1 / 3, True), (0.5, False)]:
+        colour = tuple(255 - share * (255 - part) for part in STRONGEST)
+        assert (share_of(image, colour) > 2e-4) == is_there
 
 
 def test_hydrogens_are_drawn_only_where_they_take_part(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""QM9: the shipped sample, the full set, subsets, splits and padding."""
+"""QM9: the shipped sample, the full set, published references, subsets and padding."""
 
 import importlib.util
 import os
@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from geot_model.molecules import Molecules, pad_batch
-from geot_model.qm9 import TARGETS, load_qm9, random_split
+from geot_model.qm9 import PUBLISHED_REFERENCES, TARGETS, load_qm9
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "python" / "geot_model" / "qm9_sample.npz"
-
-# eV. QM9's own energies of the free atoms at 0 K: -0.500273, -37.846772, ... Hartree.
-ATOM_U0 = {1: -13.6131, 6: -1029.8631, 7: -1485.3025, 8: -2042.6112, 9: -2713.4848}
 
 needs_qm9pack = pytest.mark.skipif(
     importlib.util.find_spec("qm9pack") is None, reason="qm9pack is not installed"
@@ -118,10 +115,26 @@ def test_energies_are_in_order(sample):
 
 def test_energy_fits_the_atoms_of_its_molecule(sample):
     """Binding energies of organic molecules are 3.8 to 5.3 eV for each atom."""
-    atoms = np.array([ATOM_U0[number] for number in sample.numbers.tolist()])
+    atoms = np.array([PUBLISHED_REFERENCES["U0"][number] for number in sample.numbers.tolist()])
     free = np.add.reduceat(atoms, sample.ptr[:-1])
     binding = (free - sample.targets["U0"]) / np.diff(sample.ptr)
     assert binding.min() > 3.8 and binding.max() < 5.3
+
+
+def test_published_references_are_those_of_free_atoms_in_our_units():
+    """QM9's own, times Hartree: -0.500273, -37.846772, ... for U0."""
+    expected = {1: -13.6131, 6: -1029.8631, 7: -1485.3025, 8: -2042.6112, 9: -2713.4848}
+    assert PUBLISHED_REFERENCES["U0"] == pytest.approx(expected, abs=1e-4)
+    assert set(PUBLISHED_REFERENCES) == {"zpve", "U0", "U", "H", "G", "Cv"}
+    kt = 8.617333e-5 * 298.15  # eV
+    for element in expected:
+        energy = {name: PUBLISHED_REFERENCES[name][element] for name in ("U0", "U", "H", "G")}
+        # A free atom has no inner motion: 3/2 kT of translation, and kT of pressure times volume.
+        assert energy["U"] - energy["U0"] == pytest.approx(1.5 * kt, abs=5e-5)
+        assert energy["H"] - energy["U"] == pytest.approx(kt, abs=5e-5)
+        assert -0.9 < energy["G"] - energy["H"] < -0.3  # -T S
+        assert PUBLISHED_REFERENCES["Cv"][element] == 2.981  # 3/2 R
+        assert PUBLISHED_REFERENCES["zpve"][element] == 0
 
 
 def test_electronic_extent_fits_the_positions(sample):
@@ -246,35 +259,6 @@ def test_padding_too_small_for_the_largest_molecule_raises():
 def test_padding_of_no_molecules_gives_empty_tensors():
     numbers, positions, mask = pad_batch(small_molecules()[:0])
     assert (numbers.shape, positions.shape, mask.shape) == ((0, 0), (0, 0, 3), (0, 0))
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 17, 130831])
-@pytest.mark.parametrize("fractions", [(0.8, 0.1, 0.1), (0.0, 0.5, 0.5), (1.0, 0.0, 0.0)])
-def test_split_is_disjoint_and_complete(n, fractions):
-    parts = random_split(n, fractions, seed=3)
-    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(n))
-    for part, fraction in zip(parts, fractions, strict=True):
-        assert abs(len(part) - n * fraction) <= 1
-
-
-def test_split_has_the_published_sizes_when_asked():
-    train, validation, test = random_split(
-        130831, (110000 / 130831, 10000 / 130831, 10831 / 130831)
-    )
-    assert (len(train), len(validation), len(test)) == (110000, 10000, 10831)
-
-
-def test_split_depends_on_nothing_but_the_seed():
-    first, again, other = (random_split(10, seed=seed)[0].tolist() for seed in (1, 1, 2))
-    assert first == again != other
-    # Written down once: a split that changes with the release of numpy spoils every comparison.
-    assert first == [2, 9, 6, 4, 0, 3, 1, 7]
-
-
-@pytest.mark.parametrize("fractions", [(0.8, 0.1, 0.2), (1.2, -0.1, -0.1)])
-def test_split_refuses_fractions_that_are_no_partition(fractions):
-    with pytest.raises(ValueError, match="fractions: expected three from 0 to 1 with sum 1"):
-        random_split(10, fractions)
 
 
 def test_full_set_without_qm9pack_names_the_command(monkeypatch):

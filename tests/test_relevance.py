@@ -35,7 +35,7 @@ def make(radial="table", **options):
     sizes = {"embed_dim": 8, "num_heads": 2, "num_layers": 2, "filter_hidden": 6, "ffn_dim": 10}
     sizes |= {"basis": GaussianBasis(12, 6.0), "r_max": 9.0, "num_knots": 64}
     backend = "eager" if radial == "table" else None
-    options = {"backend": backend, "readout": READOUTS} | sizes | options
+    options = {"backend": backend, "readout": READOUTS, "output_offset": 0.7} | sizes | options
     network = GeoT(len(options["readout"]), radial=radial, **options).double().eval()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -79,6 +79,15 @@ def test_what_stands_in_padded_rows_is_never_read(options, radial):
     assert torch.equal(torch.stack(found.weights), torch.stack(clean.weights))
     (gradient,) = torch.autograd.grad(found.outputs.sum(), found.weights[:1])
     assert gradient.isfinite().all()
+
+
+@every_radial
+def test_radial_functions_are_constants(radial):
+    network = make(radial)
+    relevance.forward(network, *pad_batch(molecules(4))).outputs.sum().backward()
+    attention = network.layers[0].attention
+    assert attention.in_proj.weight.grad.any()
+    assert all(p.grad is None for p in attention.radial.parameters())
 
 
 @every_variant
@@ -278,7 +287,7 @@ def test_the_model_is_left_as_it_was_and_its_state_does_not_matter():
         "training": copy.deepcopy(network).train(),
         "read before": copy.deepcopy(network),
     }
-    with torch.inference_mode():  # leaves tables that autograd cannot save
+    with torch.inference_mode():  # leaves tables made there
         others["read before"](*pad_batch(some))
     for other in others.values():
         for found, one in zip(relevance.relevance(other, some, GRADIENT), expected, strict=True):

@@ -137,6 +137,19 @@ def test_element_without_reference_is_not_a_number_in_that_target_alone():
     assert scaler.without_reference("w", others.numbers) == []
 
 
+def test_outputs_of_any_precision_are_unscaled(sample):
+    scaler = fit_one(sample, "sum", "fitted", "U0")
+    outputs = torch.randn(5, 1).bfloat16().requires_grad_()
+    expected = scaler.unscale(outputs.detach().double(), sample[:5])
+    assert scaler.unscale(outputs, sample[:5]).tolist() == expected.tolist()
+
+
+def test_published_references_are_those_of_elements_in_training():
+    molecules = made({"U0": [-2, -1038]}, [[1, 1], [6, 1]])
+    references = fit_one(molecules, "sum", "published", "U0").references["U0"]
+    assert references == {z: qm9.PUBLISHED_REFERENCES["U0"][z] for z in (1, 6)}
+
+
 @pytest.mark.parametrize("readout", ["mean", "sum", "dipole"])
 def test_constant_target_has_unit_spread(readout):
     value = 0.0 if readout == "dipole" else 7.3
@@ -158,7 +171,7 @@ def test_molecules_without_any_atoms_or_none_at_all_are_scaled():
         (["z"], ["sum"], {}, "z: no such target; there are: y, U0"),
         (["y"], ["sum"], {"z": "none"}, "references: expected names of targets, got z"),
         (["y"], ["sum"], {"y": "guessed"}, "references: y: expected none, fitted, published"),
-        (["y"], ["sum"], {"y": "published"}, "references: y: there are published ones of .*U0"),
+        (["y"], ["sum"], {"y": "published"}, r"references: y: there are published ones of .*U0"),
         (["U0"], ["sum"], {"U0": "published"}, "references: U0: there are no published ones of B"),
         (["y"], ["dipole"], {"y": "fitted"}, "references: y: expected 'none' for a dipole"),
         (["y"], ["max"], {}, "readouts: expected pooled, sum, mean, dipole, got 'max'"),
@@ -180,7 +193,7 @@ def test_published_references_in_another_unit_are_refused():
 
 def test_one_known_value_is_too_few():
     molecules = made({"y": [1, np.nan, np.nan, np.inf, np.nan]}, FORMULAS)
-    with pytest.raises(ValueError, match="y: expected at least 2 training molecules .* got 1"):
+    with pytest.raises(ValueError, match=r"y: expected at least 2 training molecules .* got 1"):
         fit_one(molecules)
 
 

@@ -1,6 +1,9 @@
 """GeoT on top of geot_kernels: molecules in, properties and attention maps out.
 
-    from geot_model import explain_molecule, load_checkpoint, read_molecules
+    from geot_model import GeoT, read
+
+    model = GeoT.load("geot-run")
+    print(model.predict(read("molecules.sdf").molecules).values)
 
 Names are imported when they are first used, so that `import geot_model` costs nothing and what
 one does not use (RDKit, Lightning) need not be there.
@@ -12,52 +15,76 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-    from .dataset import Settings
+    from .batches import Batch, Batches
+    from .bonds import perceive_bonds
+    from .checkpoint import Card, CheckpointError, load_model, save_model
     from .draw import atom_labels, draw_heatmap, draw_pairs, strongest_pairs
-    from .explain import Explanation, aggregate_attention, explain_molecule
     from .model import GeoT
-    from .molecule import perceive_bonds, read_molecules
     from .molecules import Molecule, Molecules, pad_batch
-    from .qm9 import TARGETS, load_qm9, random_split
-    from .training import train
+    from .prediction import Prediction, predict, write_csv
+    from .presets import PRESETS, preset
+    from .qm9 import TARGETS, load_qm9
+    from .readers import Data, read
+    from .results import TargetError, measure
+    from .settings import Settings, SettingsError
+    from .splits import Split, split
+    from .targets import TargetScaler
+    from .training import Outcome, load_split, train
 
 _MODULES = {
-    "checkpoint": ("Checkpoint", "CheckpointError", "load_checkpoint", "save_checkpoint"),
-    "dataset": ("Settings",),
+    "batches": ("Batch", "Batches"),
+    "bonds": ("perceive_bonds",),
+    "checkpoint": ("Card", "CheckpointError", "load_model", "save_model"),
     "draw": ("atom_labels", "draw_heatmap", "draw_pairs", "strongest_pairs"),
-    "explain": ("Explanation", "aggregate_attention", "explain_molecule"),
     "model": ("GeoT",),
-    "molecule": ("perceive_bonds", "read_molecules"),
     "molecules": ("Molecule", "Molecules", "pad_batch"),
-    "qm9": ("TARGETS", "load_qm9", "random_split"),
-    "training": ("train",),
+    "prediction": ("Prediction", "predict", "write_csv"),
+    "presets": ("PRESETS", "preset"),
+    "qm9": ("TARGETS", "load_qm9"),
+    "readers": ("Data", "read"),
+    "results": ("TargetError", "measure"),
+    "settings": ("Settings", "SettingsError"),
+    "splits": ("Split", "split"),
+    "targets": ("TargetScaler",),
+    "training": ("Outcome", "load_split", "train"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "PRESETS",
     "TARGETS",
-    "Checkpoint",
+    "Batch",
+    "Batches",
+    "Card",
     "CheckpointError",
-    "Explanation",
+    "Data",
     "GeoT",
     "Molecule",
     "Molecules",
+    "Outcome",
+    "Prediction",
     "Settings",
-    "aggregate_attention",
+    "SettingsError",
+    "Split",
+    "TargetError",
+    "TargetScaler",
     "atom_labels",
     "draw_heatmap",
     "draw_pairs",
-    "explain_molecule",
-    "load_checkpoint",
+    "load_model",
     "load_qm9",
+    "load_split",
+    "measure",
     "pad_batch",
     "perceive_bonds",
-    "random_split",
-    "read_molecules",
-    "save_checkpoint",
+    "predict",
+    "preset",
+    "read",
+    "save_model",
+    "split",
     "strongest_pairs",
     "train",
+    "write_csv",
 ]
 
 

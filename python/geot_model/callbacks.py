@@ -1,24 +1,56 @@
-"""What happens after each epoch of training: the best model is kept, progress is shown."""
+"""What happens during training besides training: averaging, keeping the best, showing progress."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .checkpoint import Checkpoint, save_checkpoint
-from .dataset import Settings, Split, elements_of, target_matrix
-from .molecules import Molecules
-from .qm9 import TARGETS
+from .checkpoint import Card, save_model
+from .settings import Settings
+
+_LINES = 20  # printed in a run, about
+
+
+class DivergedError(RuntimeError):
+    """The error of an epoch is not a number."""
+
+
+class Averaging(WeightAveraging):
+    """The exponential moving average of the weights, which is what is validated and kept.
+
+        average <- d average + (1 - d) weights,    d = min(decay, (1 + step) / (10 + step))
+
+    so that the first weights are soon forgotten, also in a short run. Buffers are copied: those of
+    GeoT are numbers of elements.
+
+    Args:
+        decay: What `d` becomes.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=self._update)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _update(self, averaged: list[Tensor], current: list[Tensor], _: Any) -> None:
+        step = self._latest_update_step
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def averaged(self) -> Any:
+        """The `LightningModule` with the averages."""
+        assert self._average_model is not None
+        return self._average_model.module
 
 
 class Keeper(Callback):
@@ -26,40 +58,38 @@ class Keeper(Callback):
 
     It runs before the state of training is saved: if the run ends between the two, that epoch is
     repeated.
+
+    Args:
+        card: What to write with the weights; the number of the epoch is added to its `training`.
+        path: Where to.
+        averaging: Whose weights are kept; None: the trained ones.
     """
 
-    def __init__(self, settings: Settings, split: Split, path: Path) -> None:
-        values = target_matrix(split.train, settings.targets)
-        self.settings, self.split, self.path = settings, split, path
-        self.mean = torch.from_numpy(values.mean(axis=0))
-        # A target that is the same for all molecules is left as it is.
-        self.std = torch.from_numpy(np.where(np.ptp(values, axis=0) > 0, values.std(axis=0), 1.0))
+    def __init__(self, card: Card, path: Path, averaging: Averaging | None) -> None:
+        self.card, self.path, self.averaging = card, path, averaging
         self.best = math.inf
 
-    def standardised(self, molecules: Molecules) -> Tensor:
-        """Standardise targets by their mean and deviation on the training split."""
-        values = torch.from_numpy(target_matrix(molecules, self.settings.targets))
-        return ((values - self.mean) / self.std).float()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the model if it is the best."""
-        error = float(trainer.callback_metrics["validation"])
+        """Write the model if it is the best.
+
+        Raises:
+            DivergedError: An error is not a number.
+        """
+        metrics, epoch = trainer.callback_metrics, trainer.current_epoch + 1
+        for name in ("training", "validation"):
+            if not math.isfinite(metrics[name]):
+                raise DivergedError(
+                    f"the {name} error of epoch {epoch} is {float(metrics[name])}; a smaller "
+                    "training.learning_rate or a longer training.warm_up may help"
+                )
+        error = float(metrics["validation"])
         if not error < self.best:
             return
         self.best = error
-        settings, split = self.settings, self.split
-        checkpoint = Checkpoint(
-            config=settings.model_config(),
-            state_dict=pl_module.model.state_dict(),
-            targets={name: TARGETS[name] for name in settings.targets},
-            mean=self.mean,
-            std=self.std,
-            elements=elements_of(split),
-            max_atoms=split.train.max_atoms,
-            held_out=tuple(map(str, split.test.names)),
-            training=asdict(settings) | {"epoch": trainer.current_epoch + 1},
-        )
-        save_checkpoint(checkpoint, self.path)
+        if trainer.is_global_zero:
+            module = pl_module if self.averaging is None else self.averaging.averaged()
+            training = self.card.training | {"epoch": epoch}
+            save_model(module.model, replace(self.card, training=training), self.path)
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted run has to know."""
@@ -71,14 +101,24 @@ class Keeper(Callback):
 
 
 class Reporter(Callback):
-    """A progress bar on a terminal, a line for each of some twenty epochs everywhere, the clock.
+    """A progress bar on a terminal, a line for some epochs everywhere, the clock.
 
     Stops the run after an epoch if the next one would end after `max_minutes`.
+
+    Attributes:
+        stopped: Whether it did.
+
+    Args:
+        console: Where to print.
+        settings: The run's.
     """
 
-    def __init__(self, console: Console, epochs: int, max_minutes: float | None) -> None:
-        self.console, self.epochs = console, epochs
-        self.limit = math.inf if max_minutes is None else 60 * max_minutes
+    def __init__(self, console: Console, settings: Settings) -> None:
+        training = settings.training
+        self.console, self.epochs = console, training.epochs
+        self.every = training.log_every or math.ceil(self.epochs / _LINES)
+        minutes = training.max_minutes
+        self.limit = math.inf if minutes is None else 60 * minutes
         self.start = self.epoch_start = time.monotonic()
         self.longest = 0.0
         self.stopped = False
@@ -116,12 +156,14 @@ class Reporter(Callback):
         now = time.monotonic()
         self.longest = max(self.longest, now - self.epoch_start)
         last = epoch == self.epochs
-        if not last and now - self.start + self.longest > self.limit:
+        late = not last and now - self.start + self.longest > self.limit
+        # All processes stop where one is late.
+        if trainer.strategy.reduce_boolean_decision(late, all=False):
             self.stopped = last = trainer.should_stop = True
-        if last or epoch == 1 or epoch % math.ceil(self.epochs / 20) == 0:
+        if last or epoch == 1 or epoch % self.every == 0:
             errors = trainer.callback_metrics
             self.console.print(
-                f"epoch {epoch:3d}/{self.epochs}   error/σ: training {errors['train']:.3f}, "
+                f"epoch {epoch:3d}/{self.epochs}   error/σ: training {errors['training']:.3f}, "
                 f"validation {errors['validation']:.3f}   {now - self.start:.0f} s",
                 highlight=False,
             )
@@ -145,4 +187,4 @@ class SettingsSaver(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add them."""
-        checkpoint["geot_settings"] = asdict(self.settings)
+        checkpoint["geot_settings"] = self.settings.model_dump(mode="json")

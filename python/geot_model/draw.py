@@ -28,14 +28,16 @@ from rdkit.Chem import rdDepictor
 from rdkit.Chem.Draw import rdMolDraw2D
 from rdkit.Geometry import Point2D, Point3D
 
-from .molecule import perceive_bonds
+from .bonds import perceive_bonds
 from .molecules import Molecule
 
 Pair = tuple[int, int, float]
 _Points = npt.NDArray[np.float64]
 
 _DPI = 150
-_POSITIVE, _NEGATIVE, _MARKED = "#c0392b", "#2166ac", "#ffe08a"
+_POSITIVE, _NEGATIVE = "#c0392b", "#2166ac"
+_STRONGEST = np.array([245, 176, 65]) / 255  # disc of the atom with the largest sum; none: white
+_RING = "#444444"  # around atoms in a pair
 _MAX_LABELS = 120  # ticks on one axis of a heat map; beyond, only every second, third, ... atom
 _SCALE_PX = 62.0  # pixels for 1 Å of a structure: a bond is 1.5 Å
 _ATOM_PX = 19.0  # radius of the disc with an atom's name
@@ -46,8 +48,9 @@ _MAX_SIDE_PX = 4000
 _PANEL_PX = 400  # width of the list of pairs
 _ROW_PX = 34
 _CLEAR_PX = 34.0  # a band that keeps this far from other atoms and ranks need not bend more
-_FORMULA = r"strength of {i, j} = |W$_{ij}$ + W$_{ji}$| / 2"
+_FORMULA = r"strength of {i, j} = |A$_{ij}$ + A$_{ji}$| / 2"
 _SIGN = "\n(here with the sign of the sum)"
+_DISCS = "\nAn atom is the darker, the larger the\nsum of its strengths with all others."
 
 
 def atom_labels(numbers: npt.ArrayLike) -> list[str]:
@@ -188,7 +191,9 @@ def draw_pairs(
     The strength of the unordered pair {i, j}, i != j, is |W_ij + W_ji| / 2. Each pair gets a band
     between its atoms, bonded or not: the wider the stronger, red and solid where the mean is
     positive, blue and dashed where it is negative, with its rank on it; a list gives the values.
-    Hydrogens are drawn only where they take part in a pair. Atoms are named as by `atom_labels`.
+    Hydrogens are drawn only where they take part in a pair. Atoms are named as by `atom_labels`;
+    the disc of one is the darker, the larger the sum of its strengths with all other atoms is, and
+    has a ring if it takes part in a pair.
 
     Args:
         molecule: with explicit hydrogens; bonds of a `Molecule` are perceived. One without bonds
@@ -211,9 +216,9 @@ def draw_pairs(
     marked = {atom for i, j, _ in pairs for atom in (i, j)}
     with rdBase.BlockLogs():
         image, points = _rendered(_sketch(mol, marked))
-    figure, axes = _canvas(image, len(pairs) + 2)  # and two lines above them
+    figure, axes = _canvas(image, len(pairs) + 4)  # and four lines above them
     _draw_bands(axes, pairs, points, np.array(image.shape[1::-1]))
-    _draw_atoms(axes, labels, marked, points)
+    _draw_atoms(axes, labels, marked, _atom_shares(weights), points)
     _list_pairs(axes, pairs, labels)
     title = textwrap.fill(title, (image.shape[1] + _PANEL_PX) // 15)
     figure.text(0, 1, title, parse_math=False, fontsize=11, va="bottom")
@@ -346,13 +351,26 @@ def _draw_bands(
         axes.text(x, y, str(rank), fontsize=6, ha="center", va="center", bbox=badge, zorder=6)
 
 
+def _atom_shares(weights: npt.ArrayLike) -> _Points:
+    """Sum of each atom's strengths with all others, [n], as a share of the largest one."""
+    w = np.asarray(weights, dtype=np.float64)
+    sums = np.abs(w + w.T).sum(axis=1) - 2 * np.abs(np.diag(w))
+    shares: _Points = sums / max(sums.max(), np.finfo(np.float64).tiny)
+    return shares.clip(0, 1)
+
+
 def _draw_atoms(
-    axes: Axes, labels: Sequence[str], marked: set[int], points: dict[int, _Points]
+    axes: Axes,
+    labels: Sequence[str],
+    marked: set[int],
+    shares: _Points,
+    points: dict[int, _Points],
 ) -> None:
     """A disc with its name on each atom."""
     for row, (x, y) in points.items():
-        face = _MARKED if row in marked else "white"
-        axes.add_patch(Circle((x, y), _ATOM_PX, facecolor=face, edgecolor="none", zorder=4))
+        face = tuple(1 - shares[row] * (1 - _STRONGEST))
+        edge = _RING if row in marked else "none"
+        axes.add_patch(Circle((x, y), _ATOM_PX, facecolor=face, edgecolor=edge, zorder=4))
         size = 8 if len(labels[row]) < 4 else 6
         axes.text(x, y, labels[row], fontsize=size, ha="center", va="center_baseline", zorder=5)
 
@@ -391,7 +409,7 @@ def _list_pairs(axes: Axes, pairs: Sequence[Pair], labels: Sequence[str]) -> Non
     ]
     axes.legend(
         handles=handles,
-        title=_FORMULA + (_SIGN if signed else "") if pairs else "no pairs to mark",
+        title=_FORMULA + (_SIGN if signed else "") + _DISCS if pairs else "no pairs to mark",
         alignment="left",
         loc="center left",
         bbox_to_anchor=(1.02, 0.5),

@@ -1,39 +1,71 @@
-"""What a model says of a molecule: predictions, and the attention between its atoms in pictures.
+"""What a model says of molecules: predictions, and on which pairs of atoms they rest, in pictures.
 
-GeoT's attention weights P have no softmax: they come with any sign and scale. Neither means much
-by itself: P -> c P with values v -> v / c, for any number c of a head, is the same network. What
-stays the same is the share of each weight in its row, and that is what is averaged here:
+For each molecule `run` writes
 
-    W_ij = mean over layers l and heads h of  |P_ij^lh| / Σ_k |P_ik^lh|
+    NAME.npz             all weights, the chosen method's strengths and their aggregate
+    NAME-map.png         the aggregate as a heat map
+    NAME-pairs.png       the structure with its strongest pairs
 
-So 0 <= W_ij <= 1, and each row sums to 1.
+and, for all of them, `explanation.html` with the molecules in 3-D, and `predictions.csv`. What the
+methods mean is said in `geot_model.relevance`.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rdkit import Chem
-from torch import Tensor
 
-from .checkpoint import Checkpoint
+from . import page, relevance
+from .bonds import perceive_bonds
 from .draw import atom_labels, draw_heatmap, draw_pairs
 from .model import GeoT
-from .molecules import Molecule
-from .qm9 import load_qm9
+from .molecules import Molecule, Molecules, pad_batch
+from .prediction import Prediction, predict, write_csv
+from .targets import TargetScaler
 
-FORMULA = "W_ij = mean over layers and heads of |P_ij|/Σ_k|P_ik|"
+if TYPE_CHECKING:
+    from .readers import Data
+
+PAGE = "explanation.html"
 PREDICTIONS = "predictions.csv"
 
+DEFAULT_METHOD = relevance.GRADIENT
+
+FORMULAS = {
+    relevance.WEIGHT: "mean over layers and heads of |P_ij| / Σ_k |P_ik|",
+    relevance.VALUE: "sum over layers and heads of |P_ij| ‖W_O v_j‖",
+    relevance.GRADIENT: "sum over layers and heads of P_ij ∂y/∂P_ij",
+}
+"""Method to the formula of the aggregate A_ij: `relevance.aggregate` of `relevance.relevance`."""
+
+MEANINGS = {
+    relevance.WEIGHT: (
+        "The share that atom j has in what the attention of atom i takes, on average over layers "
+        "and heads. It does not tell what is taken, nor what becomes of it."
+    ),
+    relevance.VALUE: (
+        "How long the vectors are that attention adds to atom i from atom j. It does not tell "
+        "what the rest of the network makes of them."
+    ),
+    relevance.GRADIENT: (
+        "What the prediction owes to what atom i takes from atom j, in its own unit: by so much, "
+        "to first order, it would fall if that were left out in the layers and heads shown. "
+        "Positive values raise the prediction, negative ones lower it."
+    ),
+}
+
+_AT_ONCE = 16  # molecules whose maps are in memory
 _LONGEST_NAME = 60  # of a file
+_UNPRINTED = 4  # of the decimals that the network gives, on pages and pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,34 +73,276 @@ class Explanation:
     """What a model says of a molecule.
 
     Attributes:
-        molecule: The molecule.
-        predictions: Target to value, in the units of the checkpoint's targets.
-        truth: Target to value where it is known.
-        attention: `W [n, n]`, row i: the query atom; see this module's formula.
+        molecule: The molecule, of n atoms.
+        weights: `P [L, H, n, n]`, with which the attention multiplies the values.
+        maps: `[L, H, n, n]` each, row i: the atom that takes: of all methods in the order of
+            `relevance.METHODS`, of the last one for each target, in the unit of the target.
     """
 
     molecule: Molecule
-    predictions: dict[str, float]
-    truth: dict[str, float]
-    attention: NDArray[np.float64]
+    weights: NDArray[np.float32]
+    maps: tuple[NDArray[np.float32], ...]
 
 
-def aggregate_attention(maps: Tensor) -> Tensor:
-    """Average attention over layers and heads: each weight's share in its row, signs left out.
-
-        W_ij = mean over l, h of  |P_ij^lh| / Σ_k |P_ik^lh|
-
-    A row of zeros, as of a padded atom, counts as zeros.
+def explain(model: GeoT, molecules: Molecules) -> Iterator[Explanation]:
+    """Compute the maps of molecules by all methods.
 
     Args:
-        maps: `P [L, H, n, n]`, row i: the query atom.
+        model: With a `card`.
+        molecules: That the model can be asked about.
+    """
+    scaler = _scaler(model)
+    device = model.output_offset.device
+    for first in range(0, len(molecules), _AT_ONCE):
+        some = molecules[first : first + _AT_ONCE]
+        with torch.no_grad():
+            padded = (x.to(device) for x in pad_batch(some))
+            weights = model.attention_maps(*padded).cpu().numpy()  # [L, B, H, N, N]
+        found = [
+            relevance.relevance(model, some, method)
+            for method in relevance.METHODS
+            if method != relevance.GRADIENT
+        ]
+        for target, std in enumerate(scaler.std):
+            maps = relevance.relevance(model, some, relevance.GRADIENT, target)
+            found.append([one * std for one in maps])
+        for row in range(len(some)):
+            molecule = some.molecule(row)
+            n = len(molecule.numbers)
+            yield Explanation(
+                molecule,
+                weights[:, row, :, :n, :n].astype(np.float32),
+                tuple(maps[row].float().numpy() for maps in found),
+            )
+
+
+def run(
+    model: GeoT,
+    data: Data,
+    folder: str | Path,
+    *,
+    num_pairs: int = 5,
+    method: str = DEFAULT_METHOD,
+    target: str | None = None,
+    complain: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Explain molecules: write the files that this module's docstring lists.
+
+    Args:
+        model: With a `card`, as `GeoT.load` gives it.
+        data: The molecules; where they have values of the model's targets, these are shown too.
+        folder: Where the files go; it exists.
+        num_pairs: How many pairs of atoms are marked in a structure, and on the page at first.
+        method: One of `relevance.METHODS`, of the pictures and the .npz files; the page has all.
+        target: Whose gradients these are; None: the first one.
+        complain: Is called with a line for each molecule that the model cannot be asked about.
 
     Returns:
-        `W [n, n]`, differentiable.
+        The files: the page first; none where no molecule could be explained.
+
+    Raises:
+        ValueError: The method or the target is not known, or `num_pairs` is negative.
+        OSError: A file cannot be written.
     """
-    strength = maps.abs()
-    total = strength.sum(-1, keepdim=True)
-    return torch.where(total > 0, strength / total, 0).mean((0, 1))
+    scaler, folder = _scaler(model), Path(folder)
+    if method not in relevance.METHODS:
+        raise ValueError(f"method: expected one of {', '.join(relevance.METHODS)}, got {method!r}")
+    if target is not None and target not in scaler.names:
+        raise ValueError(f"target: expected one of {', '.join(scaler.names)}, got {target!r}")
+    if num_pairs < 0:
+        raise ValueError(f"num_pairs: expected at least 0, got {num_pairs}")
+    prediction = predict(model, data.molecules)
+    if complain is not None:
+        for problem in prediction.problems:
+            complain(problem)
+    usable = np.flatnonzero(np.isfinite(prediction.values).any(axis=1))
+    if not len(usable):
+        return []
+    chosen = Choice(method, target or scaler.names[0], num_pairs)
+    rows = _rows(prediction, data.molecules, usable)
+    problems = [*data.problems, *prediction.problems]
+    files = _write_all(model, data.molecules[usable], rows, folder, chosen, problems)
+    write_csv(prediction, data.molecules, folder / PREDICTIONS, data.rows)
+    return [files[0], folder / PREDICTIONS, *files[1:]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What pictures show.
+
+    Attributes:
+        method: One of `relevance.METHODS`.
+        target: Whose gradients.
+        num_pairs: How many pairs.
+    """
+
+    method: str
+    target: str
+    num_pairs: int
+
+    def map_of(self, one: Explanation, scaler: TargetScaler) -> NDArray[np.float32]:
+        """The map `[L, H, n, n]`."""
+        place = relevance.METHODS.index(self.method)
+        if self.method == relevance.GRADIENT:
+            place += scaler.names.index(self.target)
+        return one.maps[place]
+
+    def formula(self, scaler: TargetScaler) -> str:
+        """What the aggregate is."""
+        text = f"A_ij = {FORMULAS[self.method]}"
+        if self.method != relevance.GRADIENT:
+            return text
+        unit = scaler.units[scaler.names.index(self.target)]
+        return f"{text}, y: {self.target}{f' [{unit}]' if unit else ''}"
+
+
+def _scaler(model: GeoT) -> TargetScaler:
+    if model.card is None:
+        raise ValueError("model: expected a trained one, with a card, got a new one")
+    return model.card.scaler
+
+
+def _methods(scaler: TargetScaler) -> list[page.Method]:
+    """The methods as the page has them."""
+    targets = tuple(zip(scaler.names, scaler.units, strict=True))
+    return [
+        page.Method(
+            name,
+            FORMULAS[name],
+            MEANINGS[name],
+            mean=name == relevance.WEIGHT,
+            signed=name == relevance.GRADIENT,
+            targets=targets if name == relevance.GRADIENT else (),
+        )
+        for name in relevance.METHODS
+    ]
+
+
+def _write_all(
+    model: GeoT,
+    molecules: Molecules,
+    rows: Sequence[Sequence[page.Row]],
+    folder: Path,
+    chosen: Choice,
+    problems: Sequence[str],
+) -> list[Path]:
+    """Write pages, pictures and arrays of molecules that the model can be asked about."""
+    scaler = _scaler(model)
+    methods = _methods(scaler)
+    layers, heads = len(model.layers), model.layers[0].attention.num_heads
+    sizes = np.diff(molecules.ptr).tolist()
+    parts = page.divide(sizes, layers, heads, methods)
+    pages = [folder / PAGE]
+    pages += [pages[0].with_stem(f"{pages[0].stem}-{k}") for k in range(2, len(parts) + 1)]
+    spans = [sorted({part.rows[0], part.rows[-1]}) for part in parts]
+    texts = [" to ".join(str(molecules.names[row]) for row in span) for span in spans]
+    links = [(text, file.name) for text, file in zip(texts, pages, strict=True)]
+    stems = file_stems(molecules.names.tolist())
+    files = list(pages)
+    for part, file in zip(parts, pages, strict=True):
+        encoded = []
+        some = molecules[part.rows.start : part.rows.stop]
+        for row, one in zip(part.rows, explain(model, some), strict=True):
+            graph = _graph(one.molecule)
+            entry = page.Entry(
+                one.molecule.name,
+                formula(one.molecule.numbers),
+                atom_labels(one.molecule.numbers),
+                graph,
+                rows[row],
+                one.maps,
+            )
+            encoded.append(page.encode(entry, methods, part.whole))
+            title = caption(entry)
+            files += _write_files(one, graph, title, folder / stems[row], chosen, scaler)
+        page.write_page(
+            encoded,
+            methods,
+            file,
+            heads=heads,
+            title="What GeoT's predictions rest on",
+            method=chosen.method,
+            target=scaler.names.index(chosen.target),
+            num_pairs=chosen.num_pairs,
+            problems=problems,
+            links=links if len(links) > 1 else (),
+        )
+    return files
+
+
+def _graph(molecule: Molecule) -> Chem.Mol:
+    graph = perceive_bonds(molecule.numbers, molecule.positions, smiles=molecule.smiles)
+    assert graph is not None, "the model was asked about it"
+    return graph
+
+
+def _rows(
+    prediction: Prediction, molecules: Molecules, usable: NDArray[np.int64]
+) -> list[list[page.Row]]:
+    """Predictions of the usable molecules as text, and known values of the same unit."""
+    out: list[list[page.Row]] = []
+    for row in usable.tolist():
+        texts = []
+        for column, (name, unit) in enumerate(
+            zip(prediction.targets, prediction.units, strict=True)
+        ):
+            places = max(0, prediction.decimals[column] - _UNPRINTED)
+            known = None
+            if name in molecules.targets and molecules.units.get(name, "") in ("", unit):
+                known = _text(molecules.targets[name][row], places)
+            value = _text(prediction.values[row, column], places) or "not known"
+            texts.append(page.Row(name, value, known, unit))
+        out.append(texts)
+    return out
+
+
+def _text(value: float, places: int) -> str | None:
+    return f"{value:.{places}f}" if np.isfinite(value) else None
+
+
+def _write_files(
+    one: Explanation,
+    graph: Chem.Mol,
+    title: str,
+    stem: Path,
+    chosen: Choice,
+    scaler: TargetScaler,
+) -> list[Path]:
+    """Write the arrays and the two pictures of a molecule."""
+    molecule = one.molecule
+    labels = atom_labels(molecule.numbers)
+    maps = chosen.map_of(one, scaler)
+    aggregate = relevance.aggregate(torch.from_numpy(maps), chosen.method).double().numpy()
+    files = [stem.with_name(stem.name + end) for end in (".npz", "-map.png", "-pairs.png")]
+    np.savez_compressed(
+        files[0],
+        numbers=molecule.numbers,
+        positions=molecule.positions,
+        labels=np.array(labels),
+        weights=one.weights,
+        method=np.array(chosen.method),
+        formula=np.array(chosen.formula(scaler)),
+        relevance=maps,
+        aggregate=aggregate,
+    )
+    apart = np.abs(aggregate[~np.eye(len(labels), dtype=np.bool_)])
+    draw_heatmap(
+        aggregate,
+        labels,
+        files[1],
+        title=title,
+        colorbar_label=chosen.formula(scaler),
+        signed=chosen.method == relevance.GRADIENT,
+        limit=float(apart.max(initial=0.0)) or None,
+    )
+    draw_pairs(
+        graph,
+        aggregate,
+        files[2],
+        num_pairs=chosen.num_pairs,
+        title=f"{title}. {chosen.formula(scaler)}",
+    )
+    return files
 
 
 def formula(numbers: NDArray[np.int64]) -> str:
@@ -80,127 +354,14 @@ def formula(numbers: NDArray[np.int64]) -> str:
     return "".join(f"{s}{counts[s] if counts[s] > 1 else ''}" for s in [*first, *rest])
 
 
-def why_not(checkpoint: Checkpoint, molecule: Molecule) -> str | None:
-    """Say why a model cannot be asked about a molecule; None where it can."""
-    table = Chem.GetPeriodicTable()
-    unknown = sorted(set(molecule.numbers.tolist()) - set(checkpoint.elements))
-    if unknown:
-        names = ", ".join(table.GetElementSymbol(number) for number in unknown)
-        known = ", ".join(table.GetElementSymbol(number) for number in checkpoint.elements)
-        return f"{molecule.name}: {names} is not among the model's elements: {known}"
-    if len(molecule.numbers) == 0:
-        return f"{molecule.name}: no atoms"
-    if not np.isfinite(molecule.positions).all():
-        return f"{molecule.name}: a position is not finite"
-    return None
-
-
-def explain_molecule(
-    checkpoint: Checkpoint,
-    molecule: Molecule,
-    *,
-    truth: dict[str, float] | None = None,
-    model: GeoT | None = None,
-) -> Explanation:
-    """Predict a molecule's properties and collect the attention between its atoms.
-
-    Args:
-        checkpoint: The trained model.
-        molecule: The molecule.
-        truth: Known values, to go into the result.
-        model: `checkpoint.model()`, so that it is not made again for each molecule.
-
-    Raises:
-        ValueError: The model does not know an element, or the molecule has no atoms or a position
-            that is not finite.
-    """
-    problem = why_not(checkpoint, molecule)
-    if problem is not None:
-        raise ValueError(problem)
-    model = checkpoint.model() if model is None else model
-    device = next(model.parameters()).device
-    numbers = torch.from_numpy(molecule.numbers)[None].to(device)
-    positions = torch.from_numpy(molecule.positions)[None].to(device)
-    mask = torch.ones_like(numbers, dtype=torch.bool)
-    values = checkpoint.predict(model, numbers, positions, mask)[0].tolist()
-    with torch.no_grad():
-        maps = model.attention_maps(numbers, positions, mask)[:, 0]  # [L, H, n, n]
-    return Explanation(
-        molecule,
-        dict(zip(checkpoint.targets, values, strict=True)),
-        truth or {},
-        aggregate_attention(maps.cpu().double()).numpy(),
-    )
-
-
-def held_out(checkpoint: Checkpoint, count: int) -> list[tuple[Molecule, dict[str, float]]]:
-    """Choose molecules of the shipped sample that the model never saw, and what QM9 says of them.
-
-    Args:
-        checkpoint: The trained model.
-        count: How many at most.
-
-    Returns:
-        The first ones in the order of the split, which is random.
-    """
-    sample = load_qm9()
-    places = {str(name): place for place, name in enumerate(sample.names)}
-    chosen = [places[name] for name in checkpoint.held_out if name in places][:count]
-    out = []
-    for place, one in ((place, sample[place]) for place in chosen):
-        name = str(sample.names[place])
-        molecule = Molecule(one.numbers.astype(np.int64), one.positions, name)
-        out.append((molecule, {t: float(one.targets[t][0]) for t in checkpoint.targets}))
-    return out
-
-
-def write_pictures(
-    checkpoint: Checkpoint,
-    explanation: Explanation,
-    folder: str | Path,
-    *,
-    stem: str | None = None,
-    num_pairs: int = 5,
-) -> tuple[Path, Path]:
-    """Draw the attention between a molecule's atoms: a heat map, and the structure.
-
-    Args:
-        checkpoint: The trained model.
-        explanation: What it said.
-        folder: Where the two PNG files go; it exists.
-        stem: What their names begin with; None for the molecule's name.
-        num_pairs: How many pairs of atoms are marked in the structure.
-
-    Returns:
-        The files: `STEM-attention.png` and `STEM-pairs.png`.
-    """
-    molecule = explanation.molecule
-    stem = file_stems([molecule.name])[0] if stem is None else stem
-    heat_map, pairs = (Path(folder) / f"{stem}-{what}.png" for what in ("attention", "pairs"))
-    title = caption(checkpoint, explanation)
-    draw_heatmap(
-        explanation.attention,
-        atom_labels(molecule.numbers),
-        heat_map,
-        title=title,
-        colorbar_label=FORMULA,
-        signed=False,
-    )
-    weights = explanation.attention
-    draw_pairs(molecule, weights, pairs, num_pairs=num_pairs, title=f"{title}. {FORMULA}")
-    return heat_map, pairs
-
-
-def caption(checkpoint: Checkpoint, explanation: Explanation) -> str:
-    """Name a molecule and its predictions with units, and the truth where it is known."""
+def caption(entry: page.Entry) -> str:
+    """Name a molecule and its predictions with units, and known values."""
     parts = []
-    for target, unit in checkpoint.targets.items():
-        known = explanation.truth.get(target)
-        truth = "" if known is None else f" (QM9: {known:.2f})"
-        value = f"{target} {explanation.predictions[target]:.2f} {unit}{truth}"
-        parts.append(value.replace(" ", "\N{NO-BREAK SPACE}"))  # titles are wrapped
-    molecule = explanation.molecule
-    return f"{molecule.name}, {formula(molecule.numbers)}: predicted {', '.join(parts)}"
+    for row in entry.predictions:
+        known = "" if row.known is None else f" (known: {row.known})"
+        text = f"{row.target} {row.value} {row.unit}".rstrip() + known
+        parts.append(text.replace(" ", "\N{NO-BREAK SPACE}"))  # titles are wrapped
+    return f"{entry.name}, {entry.formula}: predicted {', '.join(parts)}"
 
 
 def file_stems(names: Sequence[str]) -> list[str]:
@@ -216,18 +377,3 @@ def file_stems(names: Sequence[str]) -> list[str]:
         taken.add(unique.lower())
         stems.append(unique)
     return stems
-
-
-def write_predictions(
-    checkpoint: Checkpoint, explanations: Sequence[Explanation], path: str | Path
-) -> None:
-    """Write predictions, and the truth where it is known, as CSV with units in its header."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        units = [f"{target} [{unit}]" for target, unit in checkpoint.targets.items()]
-        writer.writerow(["name", "formula", *units, *(f"QM9 {unit}" for unit in units)])
-        for one in explanations:
-            values = [f"{one.predictions[target]:.4f}" for target in checkpoint.targets]
-            truths = [one.truth.get(target) for target in checkpoint.targets]
-            known = ["" if value is None else f"{value:.4f}" for value in truths]
-            writer.writerow([one.molecule.name, formula(one.molecule.numbers), *values, *known])

@@ -95,30 +95,6 @@ def load_qm9(full: bool = False) -> Molecules:
     return _read_qm9pack(qm9pack_folder()) if full else _read_sample()
 
 
-def random_split(
-    n: int, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Split `range(n)` at random into train, validation and test, the same for the same seed.
-
-    Args:
-        n: Number of molecules.
-        fractions: Shares of train, validation and test; they sum to 1.
-        seed: Seed of the permutation.
-
-    Returns:
-        Three int64 arrays without a common index, which together hold each of 0..n-1 once.
-
-    Raises:
-        ValueError: A negative fraction, or a sum other than 1.
-    """
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise ValueError(f"fractions: expected three from 0 to 1 with sum 1, got {fractions}")
-    # numpy froze the stream of RandomState; that of default_rng may change with a release.
-    order = np.random.RandomState(seed).permutation(n).astype(np.int64)
-    first, second = round(n * fractions[0]), round(n * (fractions[0] + fractions[1]))
-    return order[:first], order[first:second], order[second:]
-
-
 def _names(index: Iterable[int]) -> NDArray[np.str_]:
     return np.array([f"gdb_{i}" for i in index])
 

@@ -78,14 +78,14 @@ def forward(
         ValueError: As for `GeoT.forward`.
     """
     x, layout, types = model._embed(numbers, positions, mask, None, None)
+    # Padded rows hold something finite throughout, which weights of 0 keep from all others.
     all_weights, all_values = [], []
     for layer in _layers(model):
-        x = layout.real(x)
         weights, values = _attention(layer.attention, x, positions, layout.mask, types)
         if change is not None:
             weights = change(weights)
         heads = torch.einsum("bhij,bjhd->bihd", weights, values)
-        x = layer.update(x, layout.real(layer.attention.out_proj(heads.flatten(-2))))
+        x = layer.update(x, layer.attention.out_proj(heads.flatten(-2)))
         all_weights.append(weights)
         all_values.append(values)
     outputs = model.readout(x, positions, layout) + model.output_offset
@@ -125,14 +125,9 @@ def _attention(
 
 def _constant_radial(attention: FusedGeoAttention) -> RadialTable | Callable[..., Tensor]:
     """The radial function as in inference: a table is made once, and kept by a model in eval()."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         radial = attention._radial()
-        if not isinstance(radial, RadialTable):
-            return torch.no_grad()(radial)
-        if radial.knots.is_inference():  # autograd could not save it
-            attention.refresh()
-            radial = attention._radial()
-    return radial
+    return radial if isinstance(radial, RadialTable) else torch.no_grad()(radial)
 
 
 def relevance(

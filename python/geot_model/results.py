@@ -3,100 +3,114 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from rich.table import Table
 
-from .checkpoint import Checkpoint
-from .dataset import Batches, Split, elements_of, target_matrix
-from .molecules import Molecules, pad_batch
+from .model import GeoT
+from .molecules import Molecules
+from .prediction import predict
+from .targets import element_counts
 
-_EVALUATION_BATCH = 64
+if TYPE_CHECKING:
+    from .splits import Split
 
 
 @dataclass(frozen=True)
 class TargetError:
-    """Mean absolute errors on the test molecules, in `unit`.
+    """Errors of a target on the test molecules, in `unit`; NaN if there are none.
 
     Attributes:
         target: Name of the target.
-        unit: Its unit.
-        geot: Of the model.
-        mean: Of predicting the mean of the training molecules.
-        linear: Of a linear model on element counts, fitted to the training molecules.
+        unit: Its unit; "" where it is not known.
+        molecules: How many were compared: those with a known value that the model predicts.
+        geot: Mean absolute error of the model.
+        rmse: Its root mean square error.
+        mean: Mean absolute error of predicting the mean of the training molecules.
+        linear: That of a linear model on element counts, fitted to the training molecules.
     """
 
     target: str
     unit: str
+    molecules: int
     geot: float
+    rmse: float
     mean: float
     linear: float
 
 
-def device_type() -> str:
-    """Where to compute: "cuda" if it is there, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def measure(model: GeoT, split: Split) -> tuple[TargetError, ...]:
+    """Measure a trained model on the test molecules, beside the mean and the linear model."""
+    prediction = predict(model, split.test)
+    found = zip(prediction.targets, prediction.units, prediction.values.T, strict=True)
+    return tuple(_measure(split, target, unit, values) for target, unit, values in found)
 
 
-def measure(checkpoint: Checkpoint, split: Split) -> tuple[TargetError, ...]:
-    """Measure a model on the test molecules, beside the mean and the linear model."""
-    targets = tuple(checkpoint.targets)
-    fitted, truth = (target_matrix(part, targets) for part in (split.train, split.test))
-    elements = elements_of(split)
-    design = element_counts(split.train, elements)
-    weights = np.linalg.lstsq(design, fitted, rcond=None)[0]
-    predictions = {
-        "geot": predict(checkpoint, split.test).numpy(),
-        "mean": np.broadcast_to(fitted.mean(axis=0), truth.shape),
-        "linear": element_counts(split.test, elements) @ weights,
+def _measure(split: Split, target: str, unit: str, predicted: NDArray[np.float64]) -> TargetError:
+    train = split.train[np.isfinite(split.train.targets[target])]
+    known = np.isfinite(split.test.targets[target]) & np.isfinite(predicted)
+    test = split.test[known]
+    fitted, truth = train.targets[target], test.targets[target]
+    elements = sorted({*train.elements, *test.elements})
+    weights = np.linalg.lstsq(_design(train, elements), fitted, rcond=None)[0]
+    errors = {
+        "geot": predicted[known] - truth,
+        "mean": fitted.mean() - truth,
+        "linear": _design(test, elements) @ weights - truth,
     }
-    errors = {name: np.abs(values - truth).mean(axis=0) for name, values in predictions.items()}
-    return tuple(
-        TargetError(
-            target, unit, **{name: float(values[column]) for name, values in errors.items()}
-        )
-        for column, (target, unit) in enumerate(checkpoint.targets.items())
+    return TargetError(
+        target,
+        unit,
+        len(truth),
+        rmse=float(np.sqrt(_mean(np.square(errors["geot"])))),
+        **{name: _mean(np.abs(error)) for name, error in errors.items()},
     )
 
 
-def element_counts(molecules: Molecules, elements: tuple[int, ...]) -> NDArray[np.float64]:
-    """Count the atoms of each element, and put 1 before: float64 [M, 1 + elements]."""
-    is_element = molecules.numbers[:, None] == np.array(elements)  # [T, elements]
-    sums = np.concatenate([np.zeros((1, len(elements))), np.cumsum(is_element, axis=0)])
-    counts = sums[molecules.ptr[1:]] - sums[molecules.ptr[:-1]]
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _design(molecules: Molecules, elements: Sequence[int]) -> NDArray[np.float64]:
+    """1 and the number of atoms of each element: float64 [M, 1 + elements]."""
+    counts = element_counts(molecules, elements)
     return np.concatenate([np.ones((len(molecules), 1)), counts], axis=1)
 
 
-def predict(checkpoint: Checkpoint, molecules: Molecules) -> Tensor:
-    """Predict the targets of molecules: float64 [M, T], in their units."""
-    model = checkpoint.model(device_type())
-    out = torch.empty(len(molecules), len(checkpoint.targets), dtype=torch.float64)
-    nothing = torch.empty(len(molecules), 0)
-    for rows in Batches(molecules, nothing, _EVALUATION_BATCH).rows():
-        batch = pad_batch(molecules[rows])
-        out[torch.from_numpy(rows)] = checkpoint.predict(model, *batch)
-    return out
+def errors_table(errors: Sequence[TargetError], train: int) -> Table:
+    """Make the table of errors for a console.
+
+    Args:
+        errors: Of all targets.
+        train: Number of training molecules.
+    """
+    most = max(row.molecules for row in errors)
+    table = Table(
+        title=f"Mean absolute error on {most:,} molecules never seen",
+        caption=f"fitted to {train:,} molecules; linear model: on element counts",
+    )
+    for column in ("target", "unit"):
+        table.add_column(column)
+    for column in ("GeoT", "linear model", "always the mean"):
+        table.add_column(column, justify="right", style="bold" if column == "GeoT" else None)
+    for row in errors:
+        numbers = (f"{value:.4g}" for value in (row.geot, row.linear, row.mean))
+        table.add_row(row.target, row.unit, *numbers)
+    return table
 
 
-def write_errors(errors: tuple[TargetError, ...], path: Path) -> None:
-    """Write the table of errors as CSV."""
-    rows: list[Mapping[str, Any]] = [
-        {
-            "target": row.target,
-            "unit": row.unit,
-            "mae_geot": row.geot,
-            "mae_linear": row.linear,
-            "mae_mean": row.mean,
-        }
-        for row in errors
-    ]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def write_errors(errors: Sequence[TargetError], path: str | Path) -> None:
+    """Write the errors as CSV, a row for each target."""
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["target", "unit", "molecules", "mae_geot", "rmse_geot", "mae_linear", "mae_mean"]
+        )
+        for row in errors:
+            numbers = (row.geot, row.rmse, row.linear, row.mean)
+            writer.writerow([row.target, row.unit, row.molecules, *numbers])

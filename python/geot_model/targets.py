@@ -146,8 +146,9 @@ class TargetScaler:
         Returns:
             float64 `[M, targets]`, NaN where the reference of an atom is not known.
         """
-        out: NDArray[np.float64] = outputs.detach().cpu().double().numpy()
-        return out * np.array(self.std) + self._offsets(molecules)
+        out = outputs.detach().cpu().double().numpy() * np.array(self.std)
+        values: NDArray[np.float64] = out + self._offsets(molecules)
+        return values
 
     def without_reference(self, name: str, numbers: NDArray[np.integer]) -> list[int]:
         """Elements among some atoms that a target has no reference of, sorted."""
@@ -241,4 +242,5 @@ def _sum_references(molecules: Molecules, references: dict[int, float]) -> NDArr
     table = np.full(_NUMBERS, np.nan)
     table[list(references)] = list(references.values())
     owner = np.repeat(np.arange(len(molecules)), np.diff(molecules.ptr))
-    return np.bincount(owner, table[molecules.numbers], minlength=len(molecules))
+    sums = np.bincount(owner, table[molecules.numbers], minlength=len(molecules))
+    return sums.astype(np.float64)  # of no atoms, they are integers

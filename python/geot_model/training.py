@@ -1,66 +1,84 @@
 """Training GeoT: the loop, and what comes of it.
 
-Loss is the mean absolute error of the standardised targets, the optimizer AdamW, the learning rate
-rises linearly over the first 5 % of the steps and then falls as a cosine to 0.
+Loss is the mean absolute error of the scaled targets over those that are known, the optimizer
+Adam with AMSGrad. The learning rate rises linearly, then falls exponentially with each step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import logging
-import math
 import os
+import re
+import shutil
 import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .callbacks import Keeper, Reporter, SettingsSaver
-from .checkpoint import build_model, load_checkpoint
-from .dataset import Batch, Batches, Settings, Split, elements_of
-from .results import TargetError, device_type, measure, write_errors
+from . import distributed
+from .batches import Batch, Batches
+from .callbacks import Averaging, Keeper, Reporter, SettingsSaver
+from .checkpoint import FILE, Card, build_model, load_model
+from .curve import draw_learning_curve
+from .molecules import Molecules
+from .readers import read
+from .results import TargetError, measure, write_errors
+from .settings import Settings
+from .splits import Split
+from .splits import split as split_molecules
+from .targets import TargetScaler
 
-BEST, LAST, RESULTS = "best.pt", "last.ckpt", "results.csv"
-
-_WARM_UP = 0.05  # of the steps
-_LARGEST_GRADIENT = 10.0  # norm; rarely reached, and a bad batch does no harm
+BEST, LAST, RESULTS = FILE, "last.ckpt", "results.csv"
+CONFIG, CURVE, LOG = "config.yaml", "learning-curve.png", "log"
+METRICS = "metrics.csv"  # in LOG
 
 
 class TrainingModule(LightningModule):
     """Loss, optimizer and learning rate, for Lightning.
 
+    The gradient is that of the mean over the known targets of a whole batch, also where the batch
+    is divided among processes, whose gradients Lightning averages. Logs, once an epoch, "training"
+    and "validation", the means over all known targets, and "mae/..." for each target, in its unit.
+
     Args:
         model: The network.
         settings: The run's.
         steps: Of the whole run.
+        scaler: Of the targets.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Settings, steps: int, scaler: TargetScaler
+    ) -> None:
         super().__init__()
-        self.model, self.settings, self.steps = model, settings, steps
-
-    def on_train_epoch_start(self) -> None:
-        """Choose the batches of the epoch, which the loop draws from here on."""
-        batches: Any = self.trainer.train_dataloader
-        batches.epoch = self.current_epoch
+        self.model, self.settings, self.steps, self.scaler = model, settings, steps, scaler
+        self._sums: dict[str, Tensor] = {}
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and the schedule of the learning rate."""
-        optimizer = torch.optim.AdamW(
+        training = self.settings.training
+        kind = torch.optim.AdamW if training.weight_decay else torch.optim.Adam
+        optimizer = kind(
             self.model.parameters(),
-            lr=self.settings.learning_rate,
-            weight_decay=self.settings.weight_decay,
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            amsgrad=True,
+            foreach=True,
         )
         schedule = LambdaLR(optimizer, self._learning_rate_factor)
         return {
@@ -69,22 +87,56 @@ class TrainingModule(LightningModule):
         }
 
     def _learning_rate_factor(self, step: int) -> float:
-        warm_up = min((step + 1) / max(_WARM_UP * self.steps, 1.0), 1.0)
-        return warm_up * (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
+        training = self.settings.training
+        warm_up = training.warm_up * (self.steps if training.warm_up < 1 else 1)
+        if step + 1 < warm_up:
+            return (step + 1) / warm_up
+        fall = (step + 1 - warm_up) / max(self.steps - warm_up, 1)
+        return float(training.decay ** min(fall, 1.0))
+
+    def on_train_epoch_start(self) -> None:
+        """Choose the batches of the epoch, which the loop draws from here on."""
+        batches: Any = self.trainer.train_dataloader
+        batches.epoch = self.current_epoch
+        for name in ("training", "validation"):
+            shape = (2, len(self.scaler.names))
+            self._sums[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        """Compute the loss, and log it."""
-        return self._error("train", batch)
+        """Compute the loss."""
+        error = self._error("training", batch)
+        return error * (self.trainer.world_size / max(batch.known, 1))
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """Log the error."""
+        """Add up the error."""
         self._error("validation", batch)
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the errors of the epoch."""
+        validation = self._log_mean("validation")
+        self._log_mean("training")
+        for name, deviation, (error, known) in zip(
+            self.scaler.names, self.scaler.std, validation.T.tolist(), strict=True
+        ):
+            if known:
+                key = re.sub(r"[^\w.+-]", "_", name)
+                self.log(f"mae/{key}", error * deviation / known)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+
     def _error(self, name: str, batch: Batch) -> Tensor:
-        *molecules, targets = batch
-        error = nn.functional.l1_loss(self.model(*molecules), targets)
-        self.log(name, error, on_step=False, on_epoch=True, batch_size=len(targets))
-        return error
+        """Sum of the absolute errors of a batch, which is added to those of the epoch."""
+        out = self.model(batch.numbers, batch.positions, ptr=batch.ptr, max_atoms=batch.max_atoms)
+        known = batch.targets.isfinite()
+        errors = torch.where(known, out.float() - batch.targets, 0).abs()  # [B, targets]
+        self._sums[name] += torch.stack([errors.detach().double().sum(0), known.double().sum(0)])
+        return errors.sum()
+
+    def _log_mean(self, name: str) -> Tensor:
+        """Log the mean of an epoch; the sums of errors and of known targets: [2, targets]."""
+        sums: Tensor = self.trainer.strategy.reduce(self._sums[name], reduce_op="sum")
+        error, known = sums.sum(1)
+        self.log(name, error / known)
+        return sums
 
 
 @dataclass(frozen=True)
@@ -105,21 +157,63 @@ class Outcome:
     stopped: bool
     files: tuple[Path, ...]
 
-    def table(self) -> Table:
-        """Make the table of errors."""
-        train, _, test = self.counts
-        table = Table(
-            title=f"Mean absolute error on {test:,} molecules never seen",
-            caption=f"fitted to {train:,} molecules; linear model: on element counts",
-        )
-        for column in ("target", "unit"):
-            table.add_column(column)
-        for column in ("GeoT", "linear model", "always the mean"):
-            table.add_column(column, justify="right", style="bold" if column == "GeoT" else None)
-        for row in self.errors:
-            numbers = (f"{value:.3f}" for value in (row.geot, row.linear, row.mean))
-            table.add_row(row.target, row.unit, *numbers)
-        return table
+
+def load_split(settings: Settings) -> tuple[Split, list[str]]:
+    """Read the data and split them: the same for the same settings.
+
+    Molecules for validation and test with an element that no training molecule has are left out.
+
+    Returns:
+        The split, and what could not be read or used, one line each.
+
+    Raises:
+        ModuleNotFoundError: A package is missing that the data need.
+        OSError: A file cannot be read.
+        ValueError: There are no such targets, or too few molecules.
+    """
+    data, options = settings.data, settings.split
+    found = read(data.source, targets=tuple(data.targets), smiles=data.smiles, name=data.name)
+    molecules, problems = found.molecules, list(found.problems)
+    given = {name: target.unit for name, target in data.targets.items() if target.unit}
+    molecules = replace(molecules, units={**molecules.units, **given})
+    if data.molecules is not None:
+        if data.molecules > len(molecules):
+            raise ValueError(
+                f"data.molecules: expected at most {len(molecules)}, got {data.molecules}"
+            )
+        order = np.random.RandomState(options.seed).permutation(len(molecules))
+        molecules = molecules[np.sort(order[: data.molecules])]
+    parts = split_molecules(
+        molecules,
+        kind=options.kind,
+        fractions=options.fractions,
+        seed=options.seed,
+        file=options.file,
+    )
+    kept = {}
+    for name in ("validation", "test"):
+        kept[name], left_out = _with_elements(getattr(parts, name), parts.train.elements)
+        if left_out:
+            problems.append(
+                f"{name}: {left_out} molecules left out: no training molecule has their elements"
+            )
+    parts = replace(parts, **kept)
+    for name in ("train", "validation"):
+        part = getattr(parts, name)
+        if not any(np.isfinite(part.targets[target]).any() for target in data.targets):
+            raise ValueError(
+                f"split: expected some molecules with known targets for {name}, got none of the "
+                f"{len(part)} there"
+            )
+    return parts, problems
+
+
+def _with_elements(molecules: Molecules, elements: tuple[int, ...]) -> tuple[Molecules, int]:
+    """The molecules of some elements alone, and how many others there were."""
+    strange = ~np.isin(molecules.numbers, elements)
+    owner = np.repeat(np.arange(len(molecules)), np.diff(molecules.ptr))
+    usable = np.bincount(owner[strange], minlength=len(molecules)) == 0
+    return molecules[usable], int((~usable).sum())
 
 
 def train(
@@ -128,47 +222,120 @@ def train(
     folder: str | Path,
     *,
     resume: bool = False,
-    max_minutes: float | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Train a model and measure it on molecules that it never saw.
 
-    Writes into `folder`: `best.pt`, the model of the epoch with the least validation error
-    (`load_checkpoint` reads it); `last.ckpt`, the state after the last epoch, from which an
-    interrupted run goes on as if nothing had happened; `results.csv`, the table.
+    Writes into `folder`: `model.safetensors`, the model of the epoch with the least validation
+    error (`GeoT.load` reads it); `last.ckpt`, the state after the last epoch, from which an
+    interrupted run goes on as if nothing had happened; `config.yaml`, the settings; `results.csv`,
+    the table; `learning-curve.png`; `log`, for TensorBoard and as `metrics.csv`.
 
     Args:
         settings: The run's; with `resume` those of `last.ckpt` (`load_settings`).
-        split: `Split.load(settings)`.
+        split: `load_split(settings)`, or another.
         folder: Made if it is not there.
         resume: Whether to go on from `folder`'s `last.ckpt`.
-        max_minutes: Stop after an epoch if the next one would end later than that.
         console: Where progress is shown; None for stdout.
 
     Raises:
         KeyboardInterrupt: The run was interrupted.
+        DivergedError: An error is not a number.
+        ProcessError: One of several processes failed.
+        ValueError: There are not so many devices.
     """
-    folder = Path(folder)
+    folder, console = Path(folder), console or Console()
+    kind, world = choose_devices(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    keeper = Keeper(settings, split, folder / BEST)
-    reporter = Reporter(console or Console(), settings.epochs, max_minutes)
-    size = settings.batch_size
-    batches = Batches(split.train, keeper.standardised(split.train), size, settings.seed)
-    validation = Batches(split.validation, keeper.standardised(split.validation), size)
+    settings.write(folder / CONFIG)
+    job: dict[str, Any] = {"settings": settings, "split": split, "folder": folder}
+    job["resume"] = resume
+    if world == 1:
+        epochs, stopped = fit(**job, console=console)
+    else:
+        backend = "nccl" if kind == "gpu" else "gloo"
+        epochs, stopped = distributed.launch(fit, job, world, backend=backend, console=console)
+    errors = measure(load_model(folder / BEST), split)
+    write_errors(errors, folder / RESULTS)
+    draw_learning_curve(folder / LOG / METRICS, folder / CURVE)
+    return Outcome(
+        errors,
+        (len(split.train), len(split.validation), len(split.test)),
+        epochs,
+        stopped,
+        tuple(folder / name for name in (BEST, CONFIG, RESULTS, CURVE, LAST, LOG)),
+    )
+
+
+def choose_devices(settings: Settings) -> tuple[str, int]:
+    """Choose "gpu" or "cpu", and how many.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    training, there = settings.training, torch.cuda.device_count()
+    kind = training.accelerator
+    if kind == "auto":
+        kind = "gpu" if there else "cpu"
+    if kind == "gpu" and training.devices > there:
+        raise ValueError(
+            f"training.devices: expected at most the {there} GPUs that PyTorch sees, "
+            f"got {training.devices}"
+        )
+    return kind, training.devices
+
+
+def fit(
+    settings: Settings, split: Split, folder: Path, *, resume: bool, console: Console
+) -> tuple[int, bool]:
+    """Run the loop in one process, which may be one of several; how `train` calls it.
+
+    Returns:
+        How many epochs there are now, and whether the time was up.
+    """
+    training = settings.training
+    kind, world = choose_devices(settings)
+    share = {"rank": int(os.environ["LOCAL_RANK"]) if world > 1 else 0, "world": world}
+    targets = settings.data.targets
+    scaler = TargetScaler.fit(
+        split.train,
+        tuple(targets),
+        tuple(target.readout for target in targets.values()),
+        {name: target.reference for name, target in targets.items()},
+    )
+    size = training.batch_size
+    batches = Batches(split.train, scaler.scale(split.train), size, training.seed, **share)
+    validation = Batches(split.validation, scaler.scale(split.validation), size, **share)
+    card = _card(settings, split, scaler)
     with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        model = build_model(settings.model_config(), len(settings.targets), elements_of(split))
-    module = TrainingModule(model, settings, settings.epochs * len(batches))
+        torch.manual_seed(training.seed)
+        model = build_model(card, device="cuda" if kind == "gpu" else "cpu")
+    module = TrainingModule(model, settings, training.epochs * len(batches), scaler)
+    averaging = Averaging(training.ema) if training.ema else None
+    reporter = Reporter(console, settings)
+    keeper = Keeper(card, folder / BEST, averaging)
+    callbacks = [reporter, SettingsSaver(settings), keeper, _state_saver(folder)]
+    if averaging is not None:
+        callbacks.append(averaging)
+    if training.early_stopping:
+        callbacks.append(
+            EarlyStopping(
+                "validation", patience=training.early_stopping, check_on_train_epoch_end=True
+            )
+        )
     with _quiet_lightning():
         trainer = Trainer(
-            accelerator=device_type().replace("cuda", "gpu"),
-            devices=1,
+            accelerator=kind,
+            devices=world,
+            strategy=DDPStrategy() if world > 1 else "auto",
             plugins=[LightningEnvironment()],
-            max_epochs=settings.epochs,
-            gradient_clip_val=_LARGEST_GRADIENT,
-            callbacks=[reporter, SettingsSaver(settings), keeper, _state_saver(folder)],
+            precision="bf16-mixed" if training.precision == "bf16-mixed" else "32-true",
+            max_epochs=training.epochs,
+            gradient_clip_val=training.clip or None,
+            callbacks=callbacks,
             default_root_dir=folder,
-            logger=False,
+            logger=_loggers(folder, resume=resume),
+            log_every_n_steps=1,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -176,34 +343,61 @@ def train(
         )
         last = os.fspath(folder / LAST) if resume else None
         _fit(trainer, module, batches, validation, last)
-    errors = measure(load_checkpoint(folder / BEST), split)
-    write_errors(errors, folder / RESULTS)
-    return Outcome(
-        errors,
-        (len(split.train), len(split.validation), len(split.test)),
-        trainer.current_epoch,
-        reporter.stopped,
-        tuple(folder / name for name in (BEST, LAST, RESULTS)),
+    return trainer.current_epoch, reporter.stopped
+
+
+def _card(settings: Settings, split: Split, scaler: TargetScaler) -> Card:
+    """What is written with the weights."""
+    return Card(
+        config=settings.model.arguments(),
+        scaler=scaler,
+        elements=split.train.elements,
+        max_atoms=split.train.max_atoms,
+        held_out=tuple(map(str, split.test.names)),
+        training=settings.model_dump(mode="json"),
     )
 
 
 def load_settings(folder: str | Path) -> Settings:
-    """Read the settings of the run in a folder.
+    """Read the settings of the run in a folder, but for its time limit.
 
     Raises:
         ValueError: There is no run, or its state is damaged.
     """
-    path = Path(folder) / LAST
+    values = _load_state(Path(folder))["geot_settings"]
+    return Settings(**values).change(training={"max_minutes": None})
+
+
+def _load_state(folder: Path) -> dict[str, Any]:
+    path = folder / LAST
     expected = "the state of training that 'geot train' writes after each epoch"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected {expected}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        values = state["geot_settings"]
-        names = {field.name for field in fields(Settings)}
-        return Settings(**{name: value for name, value in values.items() if name in names})
+        return {name: state[name] for name in ("geot_settings", "global_step")}
     except Exception as error:  # bytes that are no checkpoint can raise anything
         raise ValueError(f"{path}: damaged or something else; expected {expected}") from error
+
+
+def _loggers(folder: Path, *, resume: bool) -> list[Logger]:
+    """Logs for people and for TensorBoard; of a run that goes on, they go on."""
+    rows: list[dict[str, str]] = []
+    step = None
+    if resume:
+        step = _load_state(folder)["global_step"]
+        with contextlib.suppress(FileNotFoundError), (folder / LOG / METRICS).open() as file:
+            # What was logged after the state was written comes again.
+            rows = [row for row in csv.DictReader(file) if int(row["step"] or step + 1) <= step]
+    else:
+        shutil.rmtree(folder / LOG, ignore_errors=True)
+    table = CSVLogger(folder, name="", version=LOG, flush_logs_every_n_steps=1)
+    for row in rows:
+        values: dict[str, Any] = {
+            name: float(value) for name, value in row.items() if value and name != "step"
+        }
+        table.log_metrics(values | {"epoch": int(row["epoch"])}, int(row["step"]))
+    return [table, TensorBoardLogger(folder, name="", version=LOG, purge_step=step)]
 
 
 def _state_saver(folder: Path) -> ModelCheckpoint:
@@ -245,7 +439,10 @@ def _quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")
             # To overwrite last.ckpt, and to go on in a folder that was moved, is what we want.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
             warnings.filterwarnings("ignore", "The dirpath has changed from")
+            # What we log is reduced already.
+            warnings.filterwarnings("ignore", "It is recommended to use .self.log")
             yield
     finally:
         logger.setLevel(level)
