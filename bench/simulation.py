@@ -7,7 +7,8 @@ Energies are sums over pairs of atoms (`bench.pair_energies`) of molecules of QM
 totals alone. Then, for molecules that it never saw, each way to read its attention
 (`geot_model.relevance`) is held against the pairs' true energies:
 
-    spearman    rank correlation over the pairs i < j of a molecule, of strength and |energy|
+    spearman    rank correlation over the pairs i < j of a molecule, of strength and |energy|; also
+                over those alone that have an energy (Lennard-Jones has none within two bonds)
     deletion    |change of the prediction| when the weights of the strongest pairs are set to 0, by
                 the share of pairs; beside it that of pairs chosen at random, and of those that
                 truly are the strongest
@@ -23,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from geot_model.targets import TargetScaler
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
@@ -33,6 +33,7 @@ from geot_model.model import GeoT
 from geot_model.molecules import Molecules
 from geot_model.presets import preset
 from geot_model.qm9 import load_qm9
+from geot_model.targets import TargetScaler
 
 from . import learning, pair_energies, rows
 from .message_passing import call_geot, split
@@ -46,6 +47,7 @@ KEY = ("energy", "score", "method", "train_molecules", "budget_s", "device", "th
 COLUMNS = (
     *KEY,
     *("spearman_lower_quartile", "spearman_median", "spearman_upper_quartile"),
+    "spearman_with_energy_median",
     *("deletion_over_random", "mae_eV", "spread_eV", "molecules"),
     *WHERE,
 )
@@ -89,12 +91,24 @@ def changes(
     return found.reshape(len(orders), len(SHARES))
 
 
+def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Spearman's; NaN of fewer than three pairs, or where all are the same."""
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(spearmanr(a, b)[0])
+
+
 def explain(
     model: GeoT, energy: str, molecules: Molecules
-) -> tuple[dict[str, list[float]], dict[str, NDArray[np.float64]]]:
-    """Rank correlations of each method, and curves `[molecules, shares]` in scaled units."""
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, NDArray[np.float64]]]:
+    """Rank correlations, over all pairs and over those that have an energy, and deletion curves.
+
+    Returns:
+        Method to both correlations for each molecule, the second NaN where fewer than three pairs
+        have an energy; and method to `[molecules, shares]`, in scaled units.
+    """
     random = np.random.RandomState(0)
-    correlations: dict[str, list[float]] = {name: [] for name in relevance.METHODS}
+    correlations: dict[str, list[tuple[float, float]]] = {n: [] for n in relevance.METHODS}
     curves: dict[str, list[NDArray[np.float64]]] = {
         name: [] for name in (*relevance.METHODS, TRUTH, RANDOM)
     }
@@ -109,7 +123,10 @@ def explain(
             aggregate = relevance.aggregate(maps[name][m], name)
             strength = np.asarray(relevance.pair_strength(aggregate), np.float64)
             orders.append(strength)
-            correlations[name].append(float(spearmanr(strength[upper], truth[upper])[0]))
+            ranked, energies = strength[upper], truth[upper]
+            some = energies > 0
+            both = [correlation(ranked, energies), correlation(ranked[some], energies[some])]
+            correlations[name].append((both[0], both[1]))
         orders.append(truth)
         orders += [random.rand(*truth.shape) for _ in range(RANDOM_ORDERS)]
         found = changes(model, molecules, m, orders)
@@ -164,7 +181,9 @@ def measure(
         }
         if name in correlations:
             names = ("lower_quartile", "median", "upper_quartile")
-            values = rows.quartiles(correlations[name])
+            everywhere, with_energy = (list(c) for c in zip(*correlations[name], strict=True))
+            values = rows.quartiles(everywhere)
+            row["spearman_with_energy_median"] = f"{np.nanmedian(with_energy):.4f}"
             row |= {f"spearman_{n}": f"{v:.4f}" for n, v in zip(names, values, strict=True)}
         summary.append({n: str(v) for n, v in row.items()})
         print(row, flush=True)
