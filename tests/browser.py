@@ -40,7 +40,7 @@ _FLAGS = (
     "--hide-scrollbars",
 )
 _FIRST_FREE = 10  # file descriptor: 3 and 4 are what Chromium reads and writes
-_TIMEOUT_S = 60
+_TIMEOUT_S = 240  # on a machine with other things to do
 
 
 def find_chromium() -> str | None:
@@ -188,8 +188,8 @@ class Browser:
         clip = {}
         if selector is not None:
             box = self.run(
-                f"(({{x, y, width, height}}) => ({{x: x + scrollX, y: y + scrollY, width, height}}))"
-                f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
+                f"(({{x, y, width, height}}) => ({{x: x + scrollX, y: y + scrollY, width, height}}"
+                f"))(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
             )
             clip = {"clip": {**box, "scale": 1}, "captureBeyondViewport": True}
         data = base64.b64decode(self.call("Page.captureScreenshot", **clip)["data"])

@@ -60,7 +60,7 @@ def card():
 
 @pytest.fixture(scope="module")
 def model(card):
-    torch.manual_seed(0)
+    torch.manual_seed(7)  # other weights than those of a new one in a test
     return build_model(card)
 
 
@@ -138,6 +138,15 @@ def test_weights_of_any_precision_are_written_in_float32(card, path):
     torch.testing.assert_close(
         loaded.embedding.weight.cpu(), model.embedding.weight.float(), rtol=0, atol=0
     )
+
+
+def test_default_precision_makes_no_difference(path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = load_model(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", PRESETS)

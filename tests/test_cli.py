@@ -197,7 +197,8 @@ def explained(monkeypatch):
     """What `explain.run` is asked for; it writes nothing."""
     asked = []
 
-    def run(model, data, folder, **options):
+    def run(model, data, folder, complain, **options):
+        complain("a complaint")
         asked.append((data.molecules.names.tolist(), folder, options))
         return [folder / "page.html"] if len(data.molecules) else []
 
@@ -206,13 +207,17 @@ def explained(monkeypatch):
 
 
 def test_explain_explains_the_file(trained, molecules, tmp_path, explained):
-    options = ["--pairs", 3, "--method", "raw", "--name-column", "id"]
+    options = ["--pairs", 3, "--method", "raw", "--target", "gap", "--name-column", "id"]
     result = geot("explain", trained[0], molecules, "-o", tmp_path / "out", *options)
     assert result.exit_code == 0
     assert explained == [
-        (["ethanol", "bromo", "benzene"], tmp_path / "out", {"num_pairs": 3, "method": "raw"})
+        (
+            ["ethanol", "bromo", "benzene"],
+            tmp_path / "out",
+            {"num_pairs": 3, "target": "gap", "method": "raw"},
+        )
     ]
-    assert f"{molecules}:3" in result.stderr
+    assert f"{molecules}:3" in result.stderr and "geot: a complaint\n" in result.stderr
     assert listed_files(result.stdout) == [tmp_path / "out" / "page.html"]
 
 
@@ -222,7 +227,7 @@ def test_explain_without_file_takes_what_was_never_seen(trained, tmp_path, expla
     names, _, options = explained[0]
     assert len(names) == 2
     assert set(names) <= set(training.load_split(TINY)[0].test.names)
-    assert options == {"num_pairs": 5}
+    assert options == {"num_pairs": 5, "target": None}
 
 
 def test_explain_fails_where_nothing_can_be_explained(trained, tmp_path, explained):
@@ -246,7 +251,7 @@ def test_demo_ends_with_files_that_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["train", "--targets", "homo,lomo"], ["lomo", "mu, alpha"]),
+        (["train", "--targets", "homo,lomo"], ["lomo", "'mu', 'alpha'"]),
         (["train", "--targets", ","], ["targets: expected one", "none"]),
         (["train", "--set", "model.num_heads=5"], ["num_heads=5"]),
         (["train", "--set", "model.num_head=5"], ["model.num_head", "num_heads"]),

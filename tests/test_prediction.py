@@ -143,10 +143,13 @@ def test_element_without_reference_spoils_one_target_alone(model, sample):
 def test_result_that_is_not_finite_is_told(model):
     with torch.no_grad():
         model.embedding.weight[9] = torch.inf
-    got = predict(model, [molecule([1, 9], "HF"), molecule([6, 1], "CH")])
-    assert np.isnan(got.values[0]).all()
+    got = predict(model, [ODD[3], molecule([6, 1], "CH"), molecule([1, 9], "HF")])
+    assert np.isnan(got.values[2]).all()
     assert np.isfinite(got.values[1]).all()
-    assert got.problems == ["HF: the network's result is not finite; look at its positions"]
+    assert got.reasons[2] == "HF: the network's result is not finite; look at its positions"
+    assert sorted(got.reasons) == [0, 2]
+    model.output_offset.fill_(torch.inf)
+    assert np.isnan(predict(model, [molecule([6, 1])]).values).all()
 
 
 def test_large_molecules_come_in_small_batches():

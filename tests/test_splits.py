@@ -79,6 +79,7 @@ def test_random_split_of_molecules_is_that_of_their_rows():
         ("Cc1ccc(Cl)cc1", "c1ccccc1"),
         ("C[C@H](F)[C@@H]1CCNC1", "C1CCNC1"),
         ("O=C(Nc1ccccc1)C1CC1CCO", "O=C(Nc1ccccc1)C1CC1"),
+        ("C1CC1/C=C/C1CC1", "C(=CC1CC1)C1CC1"),
     ],
 )
 def test_scaffold_is_rings_and_what_links_them(smiles, expected):

@@ -145,7 +145,7 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None) ->
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.empty(0, device=device)  # raises where there is no such device
     try:
-        model = build_model(card, device=device)
+        model = build_model(card, device=device).float()
     except Exception as error:  # arguments of any type can raise anything
         raise _error(path, f"card.config: {error}") from error
     _check_weights(path, model.state_dict(), tensors)
@@ -203,7 +203,7 @@ def _card(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
         )
     try:
         text = json.dumps(content.get("card"), allow_nan=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _error(path, "card: numbers that are not finite") from None
     if content.get("sha256") != _digest(text, tensors):
         raise _error(path, "damaged: it is not what was written")

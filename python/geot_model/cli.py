@@ -168,6 +168,9 @@ def explain(
     method: Annotated[
         str | None, typer.Option(help="How pairs are weighed. Default: the one that tells most.")
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Property that the method asks about. Default: the first.")
+    ] = None,
     smiles_column: _Smiles = None,
     name_column: _Name = None,
 ) -> None:
@@ -186,8 +189,10 @@ def explain(
             data = read(file, smiles=smiles_column, name=name_column)
         _make_folder(output)
         _complain(*data.problems)
-        options = {} if method is None else {"method": method}
-        files = explaining.run(trained, data, output, num_pairs=pairs, **options)
+        options: dict[str, Any] = {} if method is None else {"method": method}
+        files = explaining.run(
+            trained, data, output, num_pairs=pairs, target=target, complain=_complain, **options
+        )
     if not files:
         _complain(f"{file}: no molecule to explain")
         raise typer.Exit(_NOTHING_DONE)
@@ -227,7 +232,7 @@ def demo(
         _make_folder(output)
     outcome = _train(console, settings, split, output)
     trained = load_model(output / BEST)
-    files = explaining.run(trained, _first(split.test, _EXAMPLES), output, num_pairs=5)
+    files = explaining.run(trained, _first(split.test, _EXAMPLES), output)
     _list_files(console, [*outcome.files, *files])
     console.print(f"{time.monotonic() - start:.0f} s in all", highlight=False)
 

@@ -25,7 +25,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,11 @@ def embed(smiles: str) -> Structure:
     Raises:
         ValueError: It is no SMILES, has an atom that is no element, or no structure is found.
     """
+    text, *extension = smiles.split(maxsplit=1) or [""]
     with rdBase.BlockLogs():
+        # RDKit would take what follows for a name, unless it is an extension (CXSMILES).
+        if extension and not extension[0].startswith("|"):
+            raise ValueError(f"cannot parse SMILES '{smiles}': white space after '{text}'")
         mol = Chem.MolFromSmiles(smiles)
         if mol is None:
             why = chemistry_problem(Chem.MolFromSmiles(smiles, sanitize=False))
@@ -202,12 +206,12 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _made_here(smiles: Sequence[str]) -> Iterator[Structure | str]:
+def _made_here(smiles: Sequence[str]) -> Generator[Structure | str, None, None]:
     """Structures, or why there are none, one after the other."""
     yield from map(_answer, smiles)
 
 
-def _made(smiles: Sequence[str], workers: int) -> Iterator[Structure | str]:
+def _made(smiles: Sequence[str], workers: int) -> Generator[Structure | str, None, None]:
     """The same, made by as many processes; if left early, those are ended."""
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 

@@ -193,7 +193,7 @@ def draw_pairs(
     positive, blue and dashed where it is negative, with its rank on it; a list gives the values.
     Hydrogens are drawn only where they take part in a pair. Atoms are named as by `atom_labels`;
     the disc of one is the darker, the larger the sum of its strengths with all other atoms is, and
-    has a ring if it takes part in a pair.
+    has a ring if it takes part in a pair. Formal charges stand at the upper right.
 
     Args:
         molecule: with explicit hydrogens; bonds of a `Molecule` are perceived. One without bonds
@@ -213,12 +213,14 @@ def draw_pairs(
     if np.shape(weights) != (n, n):
         raise ValueError(f"weights: expected [n={n}, n={n}], got {list(np.shape(weights))}")
     labels = atom_labels([atom.GetAtomicNum() for atom in mol.GetAtoms()])
+    charges = [atom.GetFormalCharge() for atom in mol.GetAtoms()]
     marked = {atom for i, j, _ in pairs for atom in (i, j)}
     with rdBase.BlockLogs():
         image, points = _rendered(_sketch(mol, marked))
     figure, axes = _canvas(image, len(pairs) + 4)  # and four lines above them
     _draw_bands(axes, pairs, points, np.array(image.shape[1::-1]))
     _draw_atoms(axes, labels, marked, _atom_shares(weights), points)
+    _draw_charges(axes, charges, points)
     _list_pairs(axes, pairs, labels)
     title = textwrap.fill(title, (image.shape[1] + _PANEL_PX) // 15)
     figure.text(0, 1, title, parse_math=False, fontsize=11, va="bottom")
@@ -346,8 +348,8 @@ def _draw_bands(
     for rank, (i, j, value) in enumerate(pairs, start=1):
         band = _curve(points[i], points[j], taken, size)
         axes.add_line(Line2D(*band.T, zorder=2, clip_on=False, **_style(value, abs(pairs[0][2]))))
-        x, y = band[len(band) // 2]
-        taken.append(band[len(band) // 2])
+        x, y = place = _clear_place(band, taken)
+        taken.append(place)
         axes.text(x, y, str(rank), fontsize=6, ha="center", va="center", bbox=badge, zorder=6)
 
 
@@ -375,6 +377,16 @@ def _draw_atoms(
         axes.text(x, y, labels[row], fontsize=size, ha="center", va="center_baseline", zorder=5)
 
 
+def _draw_charges(axes: Axes, charges: Sequence[int], points: dict[int, _Points]) -> None:
+    """Formal charges at the edge of the discs: +, 2+, −."""
+    for row, (x, y) in points.items():
+        if charges[row]:
+            count = str(abs(charges[row])) if abs(charges[row]) > 1 else ""
+            text = f"{count}{'+' if charges[row] > 0 else '−'}"
+            place = x + 0.75 * _ATOM_PX, y - 0.75 * _ATOM_PX
+            axes.text(*place, text, fontsize=8, weight="bold", ha="left", va="center", zorder=5)
+
+
 def _curve(
     start: _Points, end: _Points, taken: Sequence[_Points], size: npt.NDArray[np.int64]
 ) -> _Points:
@@ -392,6 +404,15 @@ def _curve(
         if clear > most:
             best, most = curve, clear
     return best
+
+
+def _clear_place(band: _Points, taken: Sequence[_Points]) -> _Points:
+    """The point [2] of a band nearest its middle that is clear of what is taken."""
+    middle = len(band) // 2
+    order = sorted(range(len(band)), key=lambda k: abs(k - middle))
+    far = np.linalg.norm(band[order][:, None] - np.array(taken), axis=-1).min(axis=1)
+    place: _Points = band[order][np.argmax(far.clip(max=_CLEAR_PX))]  # the first one of the best
+    return place
 
 
 def _list_pairs(axes: Axes, pairs: Sequence[Pair], labels: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import io
@@ -18,10 +19,19 @@ from numpy.typing import NDArray
 from rdkit import Chem
 
 from .conformers import Structure, chemistry_problem, refuse_dummies, structure_of
-from .records import Contents, Record, ase_module, clean_name, read_text, structure_of_atoms
+from .records import (
+    Contents,
+    Record,
+    ase_module,
+    clean_name,
+    decoded,
+    read_text,
+    structure_of_atoms,
+)
 
 _NUM_ELEMENTS = 118
 _EXTENDED = re.compile(r"(^|\s)(Properties|Lattice|pbc)\s*=", re.IGNORECASE)
+_PAIR = re.compile(r'([\w.-]+)="?([^\s"]+)')
 _ANGSTROM = {"", "ang", "angstrom", "å", "a"}
 # Arrays of MD17, of rMD17, and what others call the same.
 _NUMBERS = ("z", "nuclear_charges", "numbers", "atomic_numbers")
@@ -142,7 +152,7 @@ def _xyz_record(path: Path, row: int, lines: list[str], start: int, count: int) 
     structure = _xyz_frame(lines, start, count)
     title = comment.split("\t")[0].strip()
     name = title if title and "=" not in title else f"{path.stem}-{row}"
-    return Record(row, place, name, structure)
+    return Record(row, place, name, structure, values=dict(_PAIR.findall(comment)))
 
 
 def _xyz_count(lines: list[str], start: int) -> int:
@@ -202,7 +212,9 @@ def _extended_frame(lines: list[str], start: int, count: int) -> tuple[Structure
         structure = structure_of_atoms(atoms)
     # ASE raises whatever the line that is not what it expects happens to cause.
     except Exception as problem:
-        reason = str(problem).strip().split("\n")[0] or type(problem).__name__
+        reason = str(problem).strip().split("\n")[0]
+        if isinstance(problem, KeyError) or not reason:
+            reason = f"{type(problem).__name__} {reason}"
         raise _BadLine(start, f"cannot read the frame: {reason}") from None
     return structure, _results(atoms.calc) | dict(atoms.info)
 
@@ -215,6 +227,7 @@ def read_database(path: Path) -> Contents:
     """Rows of an ASE database."""
     connect = ase_module("ase.db").connect
     try:
+        _check_database(path)
         with connect(path, type="db", use_lock_file=False) as database:
             metadata = dict(database.metadata)
             length = str(metadata.get("_distance_unit", ""))
@@ -226,6 +239,13 @@ def read_database(path: Path) -> Contents:
     # As SchNetPack writes them. An energy of ASE is in eV otherwise.
     units = metadata.get("_property_unit_dict")
     return Contents.of(entries, {"energy": "eV"} | (units if isinstance(units, dict) else {}))
+
+
+def _check_database(path: Path) -> None:
+    """Raise DatabaseError if it is no database of ASE, which would make one of it."""
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
+        connection.execute("select count(*) from systems")
 
 
 def _database_record(path: Path, row: Any) -> Record | str:

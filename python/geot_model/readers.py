@@ -225,7 +225,8 @@ def _separator(path: Path, text: str) -> str:
 
 def _csv_rows(text: str, separator: str) -> Iterator[tuple[int, list[str] | str]]:
     """First line and fields of each row that is not blank; a text where it cannot be parsed."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    # Strictly, as a quote that is not closed would make one field of the rest of the file.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     while True:
         row = reader.line_num + 1
         try:
@@ -233,7 +234,8 @@ def _csv_rows(text: str, separator: str) -> Iterator[tuple[int, list[str] | str]
         except StopIteration:
             return
         except csv.Error as error:
-            yield row, f"cannot parse the row: {error}"
+            lines = f"lines {row} to {reader.line_num}" if reader.line_num > row else "the row"
+            yield row, f"cannot parse {lines}: {error} (is a quote not closed?)"
             continue
         if any(text.strip() for text in fields):
             yield row, fields

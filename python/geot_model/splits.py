@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -152,7 +153,7 @@ def _scaffold_split(
 
 
 def _part_for(size: int, filled: Sequence[int], room: Sequence[float]) -> int:
-    """Which part takes the next scaffold: training, if it fits; else the emptiest where it fits."""
+    """Part for the next scaffold: training, if it fits; else the emptiest where it fits."""
     fitting = [i for i in range(3) if filled[i] + size <= room[i] + 0.5]
     if 0 in fitting:
         return 0
@@ -165,16 +166,17 @@ def scaffold(molecule: Molecule) -> str:
     """SMILES of a molecule's Bemis-Murcko scaffold, "" if it has no rings.
 
     It is made of the molecule's SMILES, where that is not known or not valid of the bonds that its
-    coordinates imply.
+    coordinates imply. A molecule with impossible valences is a scaffold of its own.
     """
     mol = Chem.MolFromSmiles(molecule.smiles) if molecule.smiles else None
     if mol is None:
         mol = perceive_bonds(molecule.numbers, molecule.positions)
     if mol is None:
         return ""
-    mol = Chem.RemoveHs(mol, sanitize=False)
     Chem.FastFindRings(mol)
-    return str(Chem.MolToSmiles(MurckoScaffold.GetScaffoldForMol(mol), isomericSmiles=False))
+    with contextlib.suppress(ValueError):  # a valence that RDKit does not know
+        mol = MurckoScaffold.GetScaffoldForMol(mol)
+    return str(Chem.MolToSmiles(mol, isomericSmiles=False))
 
 
 def _published_split(count: int) -> Rows:

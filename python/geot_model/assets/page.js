@@ -50,10 +50,13 @@
   function number(value, signed = false) {
     if (value === 0) return "0";
     const size = Math.abs(value);
-    const text = size >= 1e-3 && size < 1e5 ? String(Number(size.toPrecision(3)))
-      : size.toExponential(2);
+    const text = size >= 1e-3 && size < 999.5 ? size.toPrecision(3) : size.toExponential(2);
     const sign = value < 0 ? "−" : signed ? "+" : "";
     return sign + text;
+  }
+
+  function minus(text) {
+    return text.replace(/^-/, "−");
   }
 
   // Elements of the page
@@ -282,7 +285,8 @@
       byId("predictions"),
       [["Property", "text"], ["Predicted"], ...(known ? [["Known"]] : []), ["Unit", "text"]],
       molecule.predictions.map((one) => [
-        [one.target, "text"], [one.value], ...(known ? [[one.known ?? ""]] : []), [one.unit, "text"],
+        [one.target, "text"], [minus(one.value)], ...(known ? [[minus(one.known ?? "")]] : []),
+        [one.unit, "text"],
       ]),
     );
   }
@@ -291,9 +295,7 @@
     const { molecule, method, pairs, unit } = shown;
     const rows = fillTable(
       byId("pairs"),
-      [["Rank"], ["Atoms i – j", "text"], [`(Aij + Aji) / 2${unit && `, ${unit}`}`],
-        [`Aij${unit && `, ${unit}`}`], [`Aji${unit && `, ${unit}`}`], ["Distance, Å"],
-        ["Bonds apart"]],
+      [["Rank"], ["Atoms i – j", "text"], ["Pair"], ["Aij"], ["Aji"], ["Å"], ["Bonds"]],
       pairs.map(({ i, j, value, there, back, far }, rank) => {
         const names = element("button", { type: "button" },
           `${molecule.labels[i]} – ${molecule.labels[j]}`);
@@ -304,6 +306,9 @@
         ];
       }),
     );
+    const of = unit && ` in ${unit}`;
+    byId("pairs").createCaption().textContent = `Pair: (Aij + Aji) / 2${of}, which ranks the pairs. ` +
+      "Å: distance. Bonds: how many lie between the atoms.";
     rows.forEach((row, rank) => {
       const { i, j } = pairs[rank];
       const marked = state.marked?.[0] === i && state.marked?.[1] === j;
