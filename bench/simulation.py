@@ -181,9 +181,9 @@ def measure(
         }
         if name in correlations:
             names = ("lower_quartile", "median", "upper_quartile")
-            everywhere, with_energy = (list(c) for c in zip(*correlations[name], strict=True))
+            everywhere, some = (list(c) for c in zip(*correlations[name], strict=True))
             values = rows.quartiles(everywhere)
-            row["spearman_with_energy_median"] = f"{np.nanmedian(with_energy):.4f}"
+            row["spearman_with_energy_median"] = f"{np.nanmedian(some):.4f}"
             row |= {f"spearman_{n}": f"{v:.4f}" for n, v in zip(names, values, strict=True)}
         summary.append({n: str(v) for n, v in row.items()})
         print(row, flush=True)

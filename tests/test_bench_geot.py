@@ -139,6 +139,19 @@ def test_the_simulation_knows_what_a_model_was_made_to_look_at(molecules, monkey
     assert curves[simulation.RANDOM].shape == (20, len(simulation.SHARES))
 
 
+def test_a_simulation_is_rows_of_all_methods_and_their_curves(molecules):
+    parts = (molecules[:100], molecules[100:120], molecules[120:130])
+    summary, points = simulation.measure("bonds", "filter", parts, 0.3)
+    methods = {*relevance.METHODS, simulation.TRUTH, simulation.RANDOM}
+    assert {one["method"] for one in summary} == methods and len(summary) == len(methods)
+    assert all(set(one) <= set(simulation.COLUMNS) for one in summary)
+    assert all(set(one) <= set(simulation.CURVE_COLUMNS) for one in points)
+    assert len(points) == len(methods) * len(simulation.SHARES)
+    for one in summary:
+        judged = one["method"] in relevance.METHODS
+        assert ("spearman_median" in one) == ("spearman_with_energy_median" in one) == judged
+
+
 def test_shares_of_inference_sum_to_one(molecules):
     model = inference.network("tiny", molecules)
     shares = inference.parts(model, molecules[:50])
