@@ -82,7 +82,8 @@ def schnet(target: str) -> nn.Module:
     readout = "mean" if READOUTS[target] == "mean" else "add"
     dipole = READOUTS[target] == "dipole"
     graph = all_pairs
-    return SchNet(cutoff=CUTOFF, interaction_graph=graph, readout=readout, dipole=dipole)
+    network = SchNet(cutoff=CUTOFF, interaction_graph=graph, readout=readout, dipole=dipole)
+    return network.float()  # ase's masses are float64
 
 
 def call_schnet(network: nn.Module, batch: Batch) -> Tensor:

@@ -97,7 +97,7 @@ def test_networks_are_of_one_size_and_take_the_same_batches(target, molecules):
     for make, forward in message_passing.NETWORKS.values():
         network = make(target)
         out = forward(network, batch)
-        assert out.shape == (6, 1) and out.isfinite().all()
+        assert out.shape == (6, 1) and out.dtype == torch.float32 and out.isfinite().all()
         sizes.append(sum(p.numel() for p in network.parameters()))
     assert 0.8 < sizes[0] / sizes[1] < 1.2
 

@@ -102,6 +102,7 @@ def test_everything_comes_back(model, card, path, tmp_path):
     loaded = load_model(path)
     assert loaded.card == card
     assert not loaded.training
+    assert loaded.readout.kinds == card.scaler.readouts
     state, expected = loaded.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
     for name in expected:

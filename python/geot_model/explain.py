@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -229,7 +229,8 @@ def _write_all(
     """Write pages, pictures and arrays of molecules that the model can be asked about."""
     scaler = _scaler(model)
     methods = _methods(scaler)
-    layers, heads = len(model.layers), model.layers[0].attention.num_heads
+    first: Any = model.layers[0]
+    layers, heads = len(model.layers), int(first.attention.num_heads)
     sizes = np.diff(molecules.ptr).tolist()
     parts = page.divide(sizes, layers, heads, methods)
     pages = [folder / PAGE]

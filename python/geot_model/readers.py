@@ -146,7 +146,7 @@ def _collected(
     values, units, strange = target_values(path, contents, targets)
     records = [entry for entry in contents.entries if isinstance(entry, Record)]
     wanted = [one.smiles for one in records if one.structure is None and one.smiles is not None]
-    made, cache_problems = make_conformers(wanted, jobs=jobs, cache=cache if wanted else None)
+    made, cache_problems = make_conformers(wanted, jobs=jobs, cache=cache)
     structures = dict(zip(wanted, made, strict=True))
     molecules: list[Molecule] = []
     problems: list[str] = []

@@ -62,7 +62,7 @@ class Readout(nn.Module):
     """Properties of a molecule from the features of its atoms.
 
         pooled   y = W_2 elu(W_1 Σ_i x_i + b_1) + b_2         GeoT's own
-        sum      y = Σ_i a_i,   a_i = V_2 elu(V_1 x_i + c_1) + c_2    for what grows with a molecule
+        sum      y = Σ_i a_i,  a = V_2 elu(V_1 x + c_1) + c_2    for what grows with a molecule
         mean     y = 1/n Σ_i a_i                              for what does not
         dipole   y = |Σ_i (a_i - 1/n Σ_j a_j) r_i|            charges that sum to 0, so that the
                                                               place of the molecule is no matter

@@ -423,9 +423,11 @@
     const molecule = data.molecules[state.molecule];
     const method = data.methods[state.method];
     const map = mapOf(molecule);
+    busy(true);
     try {
       await unpacked(map);
     } catch {
+      busy(false);
       complain("This browser is too old to unpack the maps (it lacks DecompressionStream).");
       return;
     }
@@ -453,6 +455,11 @@
     drawLegend();
     drawMeaning();
     drawStructure(fresh);
+    busy(false);
+  }
+
+  function busy(is) {
+    document.querySelector("main").setAttribute("aria-busy", String(is));
   }
 
   function drawMeaning() {
