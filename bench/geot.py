@@ -85,7 +85,9 @@ def _judged(row: Row) -> str:
     low, median, high = (
         float(row[f"spearman_{name}"]) for name in ("lower_quartile", "median", "upper_quartile")
     )
-    return f"{median:.2f} ({low:.2f} to {high:.2f}) · {_truth(row)}"
+    some = row["spearman_with_energy_median"]
+    among = f", {float(some):.2f} among those with an energy" if some else ""
+    return f"{median:.2f} ({low:.2f} to {high:.2f}){among} · {_truth(row)}"
 
 
 def _truth(row: Row) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PAGE = "explanation.html"
 PREDICTIONS = "predictions.csv"
 
-DEFAULT_METHOD = relevance.GRADIENT
+DEFAULT_METHOD = relevance.VALUE
 
 FORMULAS = {
     relevance.WEIGHT: "mean over layers and heads of |P_ij| / Σ_k |P_ik|",
