@@ -271,7 +271,7 @@ def deletion(device: Device) -> Figure | None:
     energies = ratios.ordered((row["energy"] for row in rows), geot.ENERGIES)
     if not energies:
         return None
-    figure = Figure((4.2 * len(energies) + 0.4, 3.6), layout="constrained")
+    figure = Figure((4.2 * len(energies) + 2.0, 3.6), layout="constrained")
     panels = figure.subplots(1, len(energies), squeeze=False)[0]
     styles = {
         "weight": (ORANGE, "o", "-"),
@@ -291,5 +291,5 @@ def deletion(device: Device) -> Figure | None:
         panel.set(title=geot.ENERGIES[energy], xlabel="pairs taken out, %")
         panel.set_ylabel("change of the prediction, eV")
         panel.grid(True, alpha=0.3)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
