@@ -392,6 +392,9 @@ def test_isolated_wheel_is_pure_and_its_sources_compile_later(tree, tmp_path):
     assert f"geot_kernels/{build.library_name()}" not in files
     sources = ("common/width.h", "cpu/library.cpp", "cpu/width.cpp")
     assert {f"geot_kernels/csrc/{name}" for name in sources} <= set(files)
+    model = ROOT / "python"
+    data = {p.relative_to(model).as_posix() for p in model.rglob("*.*") if p.suffix != ".pyc"}
+    assert {name for name in data if ".egg-info/" not in name} <= set(files)
 
     site = tmp_path / "site"
     zipfile.ZipFile(next((tree / "dist").glob("*.whl"))).extractall(site)

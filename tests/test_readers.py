@@ -215,10 +215,10 @@ def test_a_table_without_what_is_asked_for_is_refused(
 
 
 def test_columns_are_found_as_they_are_written_before_any_case(tmp_path: Path) -> None:
-    path = write(tmp_path, "mols.csv", "smiles,H,h,H [eV],U (eV)\nC,1,2,3,4\n")
-    data = read(path, targets=["H", "h", "H [eV]", "u"])
-    assert [values.item() for values in data.molecules.targets.values()] == [1, 2, 3, 4]
-    assert data.molecules.units == {"u": "eV"}
+    path = write(tmp_path, "mols.csv", "smiles,H,h,H [eV],U (eV),G [x],g [y]\nC,1,2,3,4,5,6\n")
+    data = read(path, targets=["H", "h", "H [eV]", "u", "g"])
+    assert [values.item() for values in data.molecules.targets.values()] == [1, 2, 3, 4, 6]
+    assert data.molecules.units == {"u": "eV", "g": "y"}
 
 
 # SDF
@@ -276,7 +276,7 @@ def test_sdf_properties_are_targets_and_names(tmp_path: Path, packed: bool) -> N
     text = (
         sdf_record("C", "a", properties="> <gap [eV]>\n1.5\n\n>  <ID>  (1)\nfirst\nline\n\n")
         + sdf_record("O", "b", properties="> <gap [eV]>\nmuch\n\n").replace("\n", "\r\n")
-        + sdf_record("N", "c", properties="> <note>\n> <ID>\n")
+        + sdf_record("N", "c", properties="> <note>\n> <ID>\nno name\n")
     )
     content = gzip.compress(text.encode()) if packed else text
     path = write(tmp_path, "mols.sdf.gz" if packed else "mols.sdf", content)
@@ -381,7 +381,9 @@ def write_database(path: Path, metadata: dict[str, Any] | None = None) -> Path:
             atoms = ase.Atoms("OH2", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]], pbc=i == 2)
             atoms.calc = SinglePointCalculator(atoms, energy=-float(i), dipole=[0, 0, 1])
             known = {"name": f"w{i}", "smiles": "O"} if i else {}
-            database.write(atoms, **known, gap=i / 2, data={"homo": np.array([i + 0.5])})
+            database.write(
+                atoms, **known, gap=i / 2, data={"homo": np.array([i + 0.5]) if i else [0.5]}
+            )
         if metadata is not None:
             database.metadata = metadata
     return path
