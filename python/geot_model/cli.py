@@ -144,7 +144,7 @@ def predict(
     if not done:
         _complain(f"{file}: no molecule to predict")
         raise typer.Exit(_NOTHING_DONE)
-    count = f"{done:,} of {len(data.molecules) + len(data.problems):,} molecules predicted"
+    count = f"predicted {done:,} of {len(data.molecules):,} molecules that could be read"
     console.print(count, highlight=False)
     _list_files(console, [output])
 
