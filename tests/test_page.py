@@ -117,8 +117,9 @@ def test_without_heads_there_is_one_map_for_each_layer():
     assert (np.abs(steps * scales - expected) <= scales * 0.51).all()
 
 
-def test_molecule_is_turned_and_not_mirrored():
-    entry = make_entry("N[C@@H](C)C(=O)O", "alanine")
+@pytest.mark.parametrize("smiles", ["N[C@@H](C)C(=O)O", "N[C@H](C)C(=O)O"])
+def test_molecule_is_turned_and_not_mirrored(smiles):
+    entry = make_entry(smiles, "some")
     before = entry.graph.GetConformer().GetPositions()
     after = np.array(page.encode(entry, METHODS, [True, True])["positions"])
     extent = np.square(after).sum(axis=0)

@@ -244,8 +244,7 @@ def _turned(positions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Positions [n, 3] with their widest direction along x, and their narrowest along z."""
     centred = positions - positions.mean(axis=0)
     axes = np.linalg.svd(centred.T @ centred)[2]
-    if np.linalg.det(axes) < 0:  # a mirror image
-        axes[2] *= -1
+    axes[2] = np.cross(axes[0], axes[1])  # right-handed, so this is no mirror image
     turned: NDArray[np.float64] = centred @ axes.T
     return turned
 
