@@ -103,6 +103,13 @@ def test_padding_does_not_change_a_molecule(options, radial):
         assert_close(maps[:, b : b + 1, :, :size, :size], network.attention_maps(*alone))
 
 
+def test_a_bias_has_one_number_a_head_and_any_sign():
+    radial = make(score="bias", normalizer="softmax").layers[0].attention.radial
+    assert radial(torch.rand(5, dtype=torch.float64)).shape == (5, 2)
+    assert radial.final_activation is None
+    assert make().layers[0].attention.radial.final_activation is not None
+
+
 @every_radial
 @every_variant
 def test_packed_molecules_give_what_padded_ones_do(options, radial):
