@@ -41,7 +41,7 @@ test-gpu: $(KERNELS)
 	$(PYTEST) -m gpu $(GPU_TESTS)
 
 lint: $(SETUP)
-	$(PY) -m ruff check .
+	$(PY) -m ruff check --no-cache .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(if $(CXX_FILES),PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(CXX_FILES))

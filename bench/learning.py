@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from geot_model.targets import TargetScaler
 from torch import Tensor, nn
 
 from geot_model.batches import Batch, Batches
 from geot_model.molecules import Molecules
+from geot_model.targets import TargetScaler
 
 CLIP = 10.0
 WARM_UP = 300
