@@ -180,7 +180,7 @@ def test_predict_reports_by_line_and_predicts_the_rest(trained, molecules, tmp_p
             found = [float(v) for key, v in rows[name].items() if key.startswith(("homo", "gap"))]
             assert found == pytest.approx(values.tolist(), rel=1e-4)
     assert {"ethanol", "benzene"} <= rows.keys()
-    assert "2 of 4 molecules" in result.stdout
+    assert "predicted 2 of 3 molecules that could be read" in result.stdout
     assert listed_files(result.stdout) == [output]
 
 
