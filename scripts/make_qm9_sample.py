@@ -7,6 +7,7 @@ is a stored `geot_model.molecules.Molecules`, exact to the last bit:
     positions     float32  [T, 3]    Å
     ptr           int64    [M+1]     molecule m is rows ptr[m]:ptr[m+1]
     index         int32    [M]       number of the molecule in QM9, from 1, rising
+    smiles        str      [M]       as QM9 gives it
     targets       float64  [12, M]   in the order and units of the next two
     target_names  str      [12]
     target_units  str      [12]
@@ -43,6 +44,7 @@ def draw_sample(everything: Molecules) -> dict[str, Any]:
         "positions": sample.positions,
         "ptr": sample.ptr,
         "index": np.array([int(name.removeprefix("gdb_")) for name in sample.names], np.int32),
+        "smiles": sample.smiles,
         "targets": np.stack([sample.targets[name] for name in TARGETS]),
         "target_names": np.array(list(TARGETS)),
         "target_units": np.array(list(TARGETS.values())),

@@ -27,10 +27,11 @@ def targets(data):
     return y
 
 
-def test_batches_hold_each_molecule_once_as_it_is():
+@pytest.mark.parametrize("bucket", [1, 4])
+def test_batches_hold_each_molecule_once_as_it_is(bucket):
     data = molecules()
     y = targets(data)
-    batches = Batches(data, y, 10, seed=3)
+    batches = Batches(data, y, 10, seed=3, bucket=bucket)
     rows = batches.rows()
     assert sorted(np.concatenate(rows).tolist()) == list(range(len(data)))
     assert len(batches) == len(rows) == 11 and sorted(map(len, rows)) == [3] + 10 * [10]
@@ -55,10 +56,18 @@ def test_seed_and_epoch_choose_the_batches():
     assert len({tuple(rows(1, 0)), tuple(rows(2, 0)), tuple(rows(1, 1))}) == 3
 
 
-def test_sizes_within_a_batch_are_alike():
+def test_sizes_within_a_batch_are_alike_where_asked_for():
     data = molecules(2000)
-    spread = [np.ptp(np.diff(data.ptr)[rows]) for rows in Batches(data, None, 10, 0).rows()]
-    assert np.mean(spread) < 2 < np.ptp(np.diff(data.ptr))
+    mean = [
+        np.mean(
+            [
+                np.ptp(np.diff(data.ptr)[rows])
+                for rows in Batches(data, None, 10, 0, **options).rows()
+            ]
+        )
+        for options in ({}, {"bucket": 8})
+    ]
+    assert mean[1] < 2 and mean[0] > 5 and np.ptp(np.diff(data.ptr)) == 7
     ordered = np.concatenate(Batches(data, None, 10).rows())
     assert (np.diff(np.diff(data.ptr)[ordered]) >= 0).all()
 

@@ -43,7 +43,7 @@ def gdb_index(molecules: Molecules) -> np.ndarray:
 
 
 def assert_same(left: Molecules, right: Molecules) -> None:
-    for name in ("numbers", "positions", "ptr", "names"):
+    for name in ("numbers", "positions", "ptr", "names", "smiles"):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), strict=True)
     assert list(left.targets) == list(right.targets)
     for name, values in left.targets.items():
@@ -282,6 +282,7 @@ def test_full_set_is_qm9_without_the_uncharacterized_molecules(full):
 def test_full_set_has_methane_and_water_in_our_units(full):
     """Published values: Hartree x 27.21139, Bohr^2 x 0.280029, Bohr^3 x 0.148185."""
     methane, water = full[0], full[2]
+    assert full.smiles[:3].tolist() == ["C", "N", "O"]
     assert methane.numbers.tolist() == [6, 1, 1, 1, 1]
     assert water.numbers.tolist() == [8, 1, 1]
     expected = {

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .molecules import Molecules, pointers
 
-_POOL = 8  # batches whose molecules are sorted by size before they are cut apart
-
 
 class Batch(NamedTuple):
     """Molecules as `GeoT` takes them packed, and what is to be learned of them.
@@ -36,11 +34,12 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Batches of molecules of about one size, the same for the same seed and epoch.
+    """Batches of molecules, the same for the same seed and epoch.
 
-    With a seed, molecules are shuffled, those of some batches at a time are sorted by size and
-    cut into batches, and these come in random order. So sizes within a batch are alike (a GPU
-    waits for the largest), and still no batch is of one size for all epochs.
+    With a seed they are random, as a gradient must not lean to one size: packed, small molecules
+    do not wait for large ones anyway. `bucket` makes sizes within a batch alike where they should
+    be: molecules are shuffled, those of so many batches at a time are sorted by size and cut into
+    batches, and these come in random order.
 
     Attributes:
         epoch: Chooses the batches.
@@ -50,6 +49,7 @@ class Batches:
         targets: float32 `[M, targets]`; None for none.
         batch_size: Molecules in a batch, of all processes together; the last may have fewer.
         seed: None: the molecules come by size, the same batches in each epoch.
+        bucket: Batches whose molecules are sorted by size together; 1: batches are random.
         rank: Which share of each batch is given, where several processes train together.
         world: Their number.
     """
@@ -61,10 +61,12 @@ class Batches:
         batch_size: int,
         seed: int | None = None,
         *,
+        bucket: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.molecules, self.batch_size, self.seed = molecules, batch_size, seed
+        self.bucket = bucket
         self.targets = torch.empty(len(molecules), 0) if targets is None else targets
         self.rank, self.world = rank, world
         self.epoch = 0
@@ -78,7 +80,7 @@ class Batches:
             return [*np.split(np.argsort(self._sizes, kind="stable"), cuts)] if count else []
         random = np.random.RandomState([self.seed, self.epoch])
         order = random.permutation(count)
-        pool = np.arange(count) // (_POOL * size)
+        pool = np.arange(count) // (self.bucket * size)
         batches = np.split(order[np.lexsort((self._sizes[order], pool))], cuts) if count else []
         return [batches[i] for i in random.permutation(len(batches))]
 

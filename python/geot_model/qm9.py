@@ -87,7 +87,8 @@ def load_qm9(full: bool = False) -> Molecules:
             the 226 MB of CSV in qm9pack (some seconds).
 
     Returns:
-        The molecules, named "gdb_<index>" with the index that QM9 gives them, from 1.
+        The molecules, named "gdb_<index>" with the index that QM9 gives them, from 1. SMILES are
+        those that it gives, of the structures from GDB-17; some changed their bonds when relaxed.
 
     Raises:
         ModuleNotFoundError: `full` without qm9pack.
@@ -108,6 +109,7 @@ def _read_sample() -> Molecules:
             targets=dict(zip(file["target_names"].tolist(), file["targets"], strict=True)),
             names=_names(file["index"]),
             units=TARGETS,
+            smiles=file["smiles"],
         )
 
 
@@ -126,6 +128,7 @@ def qm9pack_folder() -> Path:
 
 def _read_qm9pack(folder: Path) -> Molecules:
     index: list[int] = []
+    smiles: list[str] = []
     sizes: list[int] = []
     symbols: list[str] = []
     coordinates: list[str] = []
@@ -134,6 +137,7 @@ def _read_qm9pack(folder: Path) -> Molecules:
         with path.open(newline="", encoding="ascii") as file:
             for row in csv.DictReader(file):
                 index.append(int(row["Index"]))
+                smiles.append(row["SMILES"])
                 sizes.append(int(row["N_atoms"]))
                 symbols.append(row["Elements"][1:-1].replace("'", ""))  # "['C','H','H']"
                 coordinates.append(row["XYZ_Ang"])  # "[[x,y,z],[x,y,z],...]"
@@ -149,6 +153,7 @@ def _read_qm9pack(folder: Path) -> Molecules:
         },
         names=_names(index),
         units=TARGETS,
+        smiles=np.array(smiles),
     )
 
 

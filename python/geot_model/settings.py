@@ -206,6 +206,8 @@ class TrainingSettings(Section):
     Attributes:
         epochs: Passes over the training molecules.
         batch_size: Molecules in a step, of all devices together.
+        bucket: Batches whose molecules are sorted by size together before they are cut apart;
+            1: batches are random. More makes sizes in a batch alike and errors larger.
         learning_rate: The highest, after the warm-up.
         warm_up: Steps of the linear rise of the learning rate; below 1: their share of all.
         decay: What is left of the learning rate at the end of its exponential fall.
@@ -224,6 +226,7 @@ class TrainingSettings(Section):
 
     epochs: _Count = 100
     batch_size: _Count = 32
+    bucket: _Count = 1
     learning_rate: _Positive = 1e-3
     warm_up: Annotated[FiniteFloat, Field(ge=0)] = 0.05
     decay: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.01
