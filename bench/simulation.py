@@ -1,6 +1,6 @@
 """Do attention maps tell the truth? GeoT learns totals whose pair terms are known.
 
-    python -m bench.simulation                             # three energies, minutes each
+    python -m bench.simulation                             # three energies, three trainings each
     python -m bench.simulation --energy bonds --seconds 300
 
 Energies are sums over pairs of atoms (`bench.pair_energies`) of molecules of QM9. GeoT sees the
@@ -9,6 +9,8 @@ totals alone. Then, for molecules that it never saw, each way to read its attent
 
     spearman    rank correlation over the pairs i < j of a molecule, of strength and |energy|; also
                 over those alone that have an energy (Lennard-Jones has none within two bonds)
+    trainings   rank correlation of strengths from two trainings that differ in their seed alone,
+                mean over the other trainings
     deletion    |change of the prediction| when the weights of the strongest pairs are set to 0, by
                 the share of pairs; beside it that of pairs chosen at random, and of those that
                 truly are the strongest
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,13 +44,14 @@ from .message_passing import call_geot, split
 EXPLAINED = 300  # molecules
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 RANDOM_ORDERS = 5
+SEEDS = 3  # trainings of each energy
 TRUTH, RANDOM = "true energies", "random pairs"
 WHERE = (*("machine", "processor", "python", "torch", "triton", "cuda", "geot_kernels", "commit"),)
-KEY = ("energy", "score", "method", "train_molecules", "budget_s", "device", "threads")
+KEY = ("energy", "score", "method", "train_molecules", "budget_s", "seed", "device", "threads")
 COLUMNS = (
     *KEY,
     *("spearman_lower_quartile", "spearman_median", "spearman_upper_quartile"),
-    "spearman_with_energy_median",
+    *("spearman_with_energy_median", "spearman_between_trainings_median"),
     *("deletion_over_random", "mae_eV", "spread_eV", "molecules"),
     *WHERE,
 )
@@ -98,17 +102,27 @@ def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(spearmanr(a, b)[0])
 
 
-def explain(
-    model: GeoT, energy: str, molecules: Molecules
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, NDArray[np.float64]]]:
-    """Rank correlations, over all pairs and over those that have an energy, and deletion curves.
+@dataclass
+class Explained:
+    """What the maps of a trained network are worth.
 
-    Returns:
-        Method to both correlations for each molecule, the second NaN where fewer than three pairs
-        have an energy; and method to `[molecules, shares]`, in scaled units.
+    Attributes:
+        all_pairs: Method to the rank correlation with the true energies for each molecule.
+        with_energy: The same over pairs that have an energy; NaN of fewer than three.
+        strengths: Method to strengths of the pairs i < j of each molecule.
+        curves: Method, `TRUTH` and `RANDOM` to changes of the output, `[molecules, shares]`.
     """
+
+    all_pairs: dict[str, list[float]] = field(default_factory=dict)
+    with_energy: dict[str, list[float]] = field(default_factory=dict)
+    strengths: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
+    curves: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+def explain(model: GeoT, energy: str, molecules: Molecules) -> Explained:
+    """Hold each way to read attention against the truth, and against what was taken out."""
     random = np.random.RandomState(0)
-    correlations: dict[str, list[tuple[float, float]]] = {n: [] for n in relevance.METHODS}
+    out = Explained(*({name: [] for name in relevance.METHODS} for _ in range(3)))
     curves: dict[str, list[NDArray[np.float64]]] = {
         name: [] for name in (*relevance.METHODS, TRUTH, RANDOM)
     }
@@ -125,15 +139,33 @@ def explain(
             orders.append(strength)
             ranked, energies = strength[upper], truth[upper]
             some = energies > 0
-            both = [correlation(ranked, energies), correlation(ranked[some], energies[some])]
-            correlations[name].append((both[0], both[1]))
+            out.all_pairs[name].append(correlation(ranked, energies))
+            out.with_energy[name].append(correlation(ranked[some], energies[some]))
+            out.strengths[name].append(ranked)
         orders.append(truth)
         orders += [random.rand(*truth.shape) for _ in range(RANDOM_ORDERS)]
         found = changes(model, molecules, m, orders)
         for name, curve in zip((*relevance.METHODS, TRUTH), found, strict=False):
             curves[name].append(curve)
         curves[RANDOM].append(found[-RANDOM_ORDERS:].mean(axis=0))
-    return correlations, {name: np.array(values) for name, values in curves.items()}
+    out.curves = {name: np.array(values) for name, values in curves.items()}
+    return out
+
+
+def between(trainings: Sequence[Explained], method: str) -> list[float]:
+    """Median over molecules of how a training's strengths correlate with those of the others."""
+    ranked = zip(*(one.strengths[method] for one in trainings), strict=True)
+    pairs = np.array([[[correlation(a, b) for b in every] for a in every] for every in ranked])
+    others = ~np.eye(len(trainings), dtype=np.bool_)
+    return [float(np.median(pairs[:, n, others[n]].mean(axis=1))) for n in range(len(trainings))]
+
+
+def network(score: str) -> GeoT:
+    """The preset "tiny", with a sum over atoms."""
+    options: dict[str, Any] = preset("tiny", readout="sum", score=score)
+    if score == "bias":
+        options |= {"normalizer": "softmax", "attention_scale": False}
+    return GeoT(1, **{**options, "basis": GaussianBasis(**options["basis"])})
 
 
 def measure(
@@ -141,55 +173,60 @@ def measure(
     score: str,
     parts: tuple[Molecules, Molecules, Molecules],
     seconds: float,
+    *,
+    seeds: int = SEEDS,
     learning_rate: float = 1e-3,
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Trains GeoT on an energy and holds its maps against the truth: rows, and those of curves."""
-    torch.manual_seed(0)
     train, validation, test = (with_energy(energy, part) for part in parts)
     scaler = TargetScaler.fit(train, (energy,), ("sum",), {energy: "none"})
-    options: dict[str, Any] = preset("tiny", readout="sum", score=score)
-    if score == "bias":
-        options |= {"normalizer": "softmax", "attention_scale": False}
-    model = GeoT(1, **{**options, "basis": GaussianBasis(**options["basis"])})
-    found = learning.learn(
-        model,
-        call_geot,
-        scaler,
-        train,
-        validation,
-        seconds=seconds,
-        learning_rate=learning_rate,
-        say=lambda line: print(f"{energy}, {score}: {line}", flush=True),
-    )
-    trained: Any = found.network
-    trained.eval()
-    error = learning.mean_absolute_error(trained, call_geot, scaler, test)
-    correlations, curves = explain(trained, energy, test[:EXPLAINED])
-    eV = float(scaler.std[0])
     key = {
         **{"energy": energy, "score": score, "train_molecules": len(train)},
         **{"budget_s": f"{seconds:.0f}"},
         **{k: v for k, v in rows.where("cpu").items() if k in COLUMNS},
     }
+    trainings, errors = [], []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        found = learning.learn(
+            network(score),
+            call_geot,
+            scaler,
+            train,
+            validation,
+            seconds=seconds,
+            learning_rate=learning_rate,
+            seed=seed,
+            say=lambda line: print(f"{energy}, {score}: {line}", flush=True),
+        )
+        trained: Any = found.network
+        trained.eval()
+        errors.append(learning.mean_absolute_error(trained, call_geot, scaler, test))
+        trainings.append(explain(trained, energy, test[:EXPLAINED]))
+    eV = float(scaler.std[0])
+    agreement = {name: between(trainings, name) for name in relevance.METHODS}
     summary, points = [], []
-    chance = curves[RANDOM].mean()
-    for name, curve in curves.items():
-        row = {
-            **key,
-            **{"method": name, "mae_eV": f"{error:.4g}", "spread_eV": f"{eV:.4g}"},
-            **{"deletion_over_random": f"{curve.mean() / chance:.4g}", "molecules": len(curve)},
-        }
-        if name in correlations:
-            names = ("lower_quartile", "median", "upper_quartile")
-            everywhere, some = (list(c) for c in zip(*correlations[name], strict=True))
-            values = rows.quartiles(everywhere)
-            row["spearman_with_energy_median"] = f"{np.nanmedian(some):.4f}"
-            row |= {f"spearman_{n}": f"{v:.4f}" for n, v in zip(names, values, strict=True)}
-        summary.append({n: str(v) for n, v in row.items()})
-        print(row, flush=True)
-        for share, value in zip(SHARES, curve.mean(axis=0) * eV, strict=True):
-            point = {**key, "method": name, "share": share, "change_eV": f"{value:.4g}"}
-            points.append({n: str(v) for n, v in {**point, "molecules": len(curve)}.items()})
+    for seed, (one, error) in enumerate(zip(trainings, errors, strict=True)):
+        chance = one.curves[RANDOM].mean()
+        for name, curve in one.curves.items():
+            row = {
+                **{**key, "seed": seed, "method": name, "molecules": len(curve)},
+                **{"mae_eV": f"{error:.4g}", "spread_eV": f"{eV:.4g}"},
+                "deletion_over_random": f"{curve.mean() / chance:.4g}",
+            }
+            if name in agreement:
+                names = ("lower_quartile", "median", "upper_quartile")
+                values = rows.quartiles(one.all_pairs[name])
+                row |= {f"spearman_{n}": f"{v:.4f}" for n, v in zip(names, values, strict=True)}
+                some = np.nanmedian(one.with_energy[name])
+                row["spearman_with_energy_median"] = f"{some:.4f}"
+                row["spearman_between_trainings_median"] = f"{agreement[name][seed]:.4f}"
+            summary.append({n: str(v) for n, v in row.items()})
+            print(row, flush=True)
+            for share, value in zip(SHARES, curve.mean(axis=0) * eV, strict=True):
+                point = {**key, "seed": seed, "method": name, "molecules": len(curve)}
+                point |= {"share": share, "change_eV": f"{value:.4g}"}
+                points.append({n: str(v) for n, v in point.items()})
     return summary, points
 
 

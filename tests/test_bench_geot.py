@@ -131,25 +131,29 @@ def test_the_simulation_knows_what_a_model_was_made_to_look_at(molecules, monkey
     monkeypatch.setattr(relevance, "aggregate", lambda maps, method: maps)
     model = GeoT(1, embed_dim=8, num_heads=2, num_layers=1, backend="eager").eval()
     some = simulation.with_energy("coulomb", molecules[:20])
-    correlations, curves = simulation.explain(model, "coulomb", some)
-    assert np.allclose(correlations["truth"], 1)
-    assert abs(np.mean(correlations["noise"])) < 0.2
-    assert np.array_equal(curves["truth"], curves[simulation.TRUTH])
-    assert not np.array_equal(curves["truth"], curves["noise"])
-    assert curves[simulation.RANDOM].shape == (20, len(simulation.SHARES))
+    found, again = (simulation.explain(model, "coulomb", some) for _ in range(2))
+    assert np.allclose(found.all_pairs["truth"], 1)
+    assert abs(np.mean(found.all_pairs["noise"])) < 0.2
+    assert np.array_equal(found.curves["truth"], found.curves[simulation.TRUTH])
+    assert not np.array_equal(found.curves["truth"], found.curves["noise"])
+    assert found.curves[simulation.RANDOM].shape == (20, len(simulation.SHARES))
+    assert np.allclose(simulation.between([found, again], "truth"), 1)
+    assert np.abs(simulation.between([found, again], "noise")).max() < 0.3
 
 
 def test_a_simulation_is_rows_of_all_methods_and_their_curves(molecules):
     parts = (molecules[:100], molecules[100:120], molecules[120:130])
-    summary, points = simulation.measure("bonds", "filter", parts, 0.3)
+    summary, points = simulation.measure("bonds", "filter", parts, 0.3, seeds=2)
     methods = {*relevance.METHODS, simulation.TRUTH, simulation.RANDOM}
-    assert {one["method"] for one in summary} == methods and len(summary) == len(methods)
+    assert {one["method"] for one in summary} == methods and len(summary) == 2 * len(methods)
+    assert len({tuple(one[name] for name in simulation.KEY) for one in summary}) == len(summary)
     assert all(set(one) <= set(simulation.COLUMNS) for one in summary)
     assert all(set(one) <= set(simulation.CURVE_COLUMNS) for one in points)
-    assert len(points) == len(methods) * len(simulation.SHARES)
+    assert len(points) == 2 * len(methods) * len(simulation.SHARES)
     for one in summary:
         judged = one["method"] in relevance.METHODS
-        assert ("spearman_median" in one) == ("spearman_with_energy_median" in one) == judged
+        names = ("", "with_energy_", "between_trainings_")
+        assert [f"spearman_{name}median" in one for name in names] == 3 * [judged]
 
 
 def test_shares_of_inference_sum_to_one(molecules):
