@@ -186,6 +186,18 @@ def test_structures_and_failures_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert_same(again, first[::-1])
 
 
+def test_a_structure_not_found_in_time_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cage = "C1OC2C3NC12C1OC31"
+    with monkeypatch.context() as patched:
+        patched.setattr(conformers, "_EMBED_TIMEOUT_S", 0)  # for RDKit: as long as it takes
+        assert make_conformers([cage], cache=tmp_path)[0] == ["no 3-D structure found in 60 s"]
+    assert make_conformers([cage], cache=tmp_path)[0] == ["no 3-D structure found"]
+    monkeypatch.setattr(conformers, "embed", not_called)
+    assert make_conformers([cage], cache=tmp_path)[0] == ["no 3-D structure found"]
+
+
 def test_what_another_method_made_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

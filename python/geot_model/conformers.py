@@ -25,6 +25,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ _METHOD = f"ETKDGv3 MMFF94 1, seed {_EMBED_SEED}, RDKit {rdBase.rdkitVersion}"
 
 _FEW = 32  # molecules that are not worth starting processes for
 _CRASHED = "RDKit crashed"
+_TIMED_OUT = f"no 3-D structure found in {_EMBED_TIMEOUT_S} s"
+_PASSING = (_CRASHED, _TIMED_OUT)  # what may go well another time, and is not kept
 _CACHE_FILE = "conformers.sqlite"
 _CACHE_WAIT_S = 30  # for another process that writes
 _CACHE_BATCH = 64  # structures between two writes
@@ -107,7 +110,7 @@ def make_conformers(
         fresh = zip(missing, answers, strict=True)
         while batch := dict(itertools.islice(fresh, _CACHE_BATCH)):
             known |= batch
-            store.save({text: made for text, made in batch.items() if made != _CRASHED})
+            store.save({text: made for text, made in batch.items() if made not in _PASSING})
     return [known[text] for text in smiles], store.problems
 
 
@@ -165,10 +168,12 @@ def _embedded(mol: Chem.Mol) -> Chem.Mol:
     parameters: Any = rdDistGeom.ETKDGv3()  # its stubs forbid assignment
     parameters.randomSeed = _EMBED_SEED
     parameters.timeout = _EMBED_TIMEOUT_S
+    start = time.monotonic()
     if rdDistGeom.EmbedMolecule(mol, parameters) < 0:
         parameters.useRandomCoords = True
         if rdDistGeom.EmbedMolecule(mol, parameters) < 0:
-            raise ValueError("no 3-D structure found")
+            late = time.monotonic() - start >= _EMBED_TIMEOUT_S
+            raise ValueError(_TIMED_OUT if late else "no 3-D structure found")
     _set_fragments_apart(mol)
     if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
         rdForceFieldHelpers.MMFFOptimizeMolecule(mol, maxIters=_RELAX_STEPS)

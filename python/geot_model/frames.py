@@ -66,11 +66,12 @@ def _sdf_record(path: Path, row: int, lines: list[str]) -> Record | str:
     stem = path.name.split(".sdf")[0]
     try:
         mol = _parsed_mol_block("\n".join(lines))
+        flat = mol.GetNumAtoms() > 1 and not mol.GetConformer().Is3D()
         return Record(
             row,
             place,
             clean_name(lines[0]) or f"{stem}-{row}",
-            structure_of(mol),
+            None if flat else structure_of(Chem.AddHs(mol, addCoords=True)),
             str(Chem.MolToSmiles(Chem.RemoveHs(mol))),
             _sdf_properties(lines),
         )
@@ -97,7 +98,7 @@ def _sdf_properties(lines: list[str]) -> dict[str, str]:
 
 
 def _parsed_mol_block(block: str) -> Chem.Mol:
-    """One record of an SDF with every hydrogen and 3-D coordinates."""
+    """One record of an SDF."""
     mol = Chem.MolFromMolBlock(block, removeHs=False)
     if mol is None:
         why = chemistry_problem(Chem.MolFromMolBlock(block, sanitize=False, removeHs=False))
@@ -105,9 +106,7 @@ def _parsed_mol_block(block: str) -> Chem.Mol:
     if mol.GetNumAtoms() == 0:
         raise ValueError("has no atoms")
     refuse_dummies(mol)
-    if mol.GetNumAtoms() > 1 and not mol.GetConformer().Is3D():
-        raise ValueError("has no 3-D coordinates (all z are 0 and the header does not say 3D)")
-    return Chem.AddHs(mol, addCoords=True)
+    return mol
 
 
 class _BadLine(ValueError):

@@ -63,7 +63,8 @@ def read(
       `.csv` may be separated by semicolons. 3-D structures are made as `make_conformers` says.
     * `.smi`, `.txt`: one SMILES a line, then, after whitespace, a name if there is one. Blank
       lines and lines that begin with `#` are skipped.
-    * `.sdf`, `.sdf.gz`: 3-D records and their properties. Hydrogens left out are added.
+    * `.sdf`, `.sdf.gz`: records and their properties. Hydrogens left out are added. Where all z
+      are 0 and the header does not say 3D, a 3-D structure is made as of a SMILES.
     * `.xyz`, `.extxyz`: one frame or several; columns after the coordinates are ignored. A frame
       whose comment has `Properties=` or `Lattice=` is extended XYZ: its targets are `key=value`
       pairs of the comment.
