@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from .ratios import Device, Row, digits, grouped, markdown, ordered
@@ -67,31 +68,39 @@ def simulation(device: Device) -> str:
     rows = device.others["simulation"]
     lines = []
     for energy in ordered((row["energy"] for row in rows), ENERGIES):
-        found = {row["method"]: row for row in rows if row["energy"] == energy}
-        some = next(iter(found.values()))
-        name = f"{ENERGIES[energy]} (error {some['mae_eV']} of {some['spread_eV']} eV)"
+        found = {
+            method: [r for r in rows if (r["energy"], r["method"]) == (energy, method)]
+            for method in (*METHODS, TRUTH)
+        }
+        error = statistics.median(float(row["mae_eV"]) for row in found[TRUTH])
+        name = f"{ENERGIES[energy]} (error {error:.2g} of {found[TRUTH][0]['spread_eV']} eV)"
         lines.append([name, *(_judged(found[method]) for method in METHODS), _truth(found[TRUTH])])
     if not lines:
         return ""
+    trainings = len({row["seed"] for row in rows})
     said = (
-        "Rank correlation of a pair's strength with its true energy, median and quartiles over "
-        f"{rows[0]['molecules']} molecules · change of the prediction without the strongest "
-        "pairs, over that without random ones:"
+        "Rank correlation of a pair's strength with its true energy, and of strengths with those "
+        f"of another training, medians over {rows[0]['molecules']} molecules · change of the "
+        "prediction without the strongest pairs, over that without random ones. Median of "
+        f"{trainings} trainings and, in brackets, the least and the greatest:"
     )
     return f"{said}\n\n{markdown(['energy', *METHODS, 'the truth itself'], lines)}"
 
 
-def _judged(row: Row) -> str:
-    low, median, high = (
-        float(row[f"spearman_{name}"]) for name in ("lower_quartile", "median", "upper_quartile")
+def _judged(rows: Sequence[Row]) -> str:
+    everywhere, some, between = (
+        [float(row[f"spearman_{name}median"]) for row in rows]
+        for name in ("", "with_energy_", "between_trainings_")
     )
-    some = row["spearman_with_energy_median"]
-    among = f", {float(some):.2f} among those with an energy" if some else ""
-    return f"{median:.2f} ({low:.2f} to {high:.2f}){among} · {_truth(row)}"
+    spread = f"({min(everywhere):.2f} to {max(everywhere):.2f})"
+    found = f"{statistics.median(everywhere):.2f} {spread}"
+    if some != everywhere:
+        found += f", {statistics.median(some):.2f} among those with an energy"
+    return f"{found}; between trainings {statistics.median(between):.2f} · {_truth(rows)}"
 
 
-def _truth(row: Row) -> str:
-    return f"{float(row['deletion_over_random']):.1f}×"
+def _truth(rows: Sequence[Row]) -> str:
+    return f"{statistics.median(float(row['deletion_over_random']) for row in rows):.1f}×"
 
 
 def inference(device: Device) -> str:

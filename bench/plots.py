@@ -7,6 +7,7 @@ no global state.
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -266,7 +267,10 @@ def learning(device: Device) -> Figure | None:
 
 
 def deletion(device: Device) -> Figure | None:
-    """Change of the prediction by the share of pairs taken out: a panel for each energy."""
+    """Change of the prediction by the share of pairs taken out: a panel for each energy.
+
+    Lines are medians of trainings, bands from the least to the greatest.
+    """
     rows = device.others["simulation_curves"]
     energies = ratios.ordered((row["energy"] for row in rows), geot.ENERGIES)
     if not energies:
@@ -282,12 +286,19 @@ def deletion(device: Device) -> Figure | None:
     }
     for panel, energy in zip(panels, energies, strict=True):
         for method, (color, marker, line) in styles.items():
-            points = [r for r in rows if r["energy"] == energy and r["method"] == method]
+            points: dict[float, list[float]] = {}
+            for row in rows:
+                if (row["energy"], row["method"]) == (energy, method):
+                    points.setdefault(100 * float(row["share"]), []).append(
+                        float(row["change_eV"])
+                    )
             panel.plot(
-                [100 * float(row["share"]) for row in points],
-                [float(row["change_eV"]) for row in points],
+                list(points),
+                [statistics.median(trainings) for trainings in points.values()],
                 **{"color": color, "marker": marker, "linestyle": line, "label": method},
             )
+            ends = ([choose(found) for found in points.values()] for choose in (min, max))
+            panel.fill_between(list(points), *ends, color=color, alpha=0.15, linewidth=0)
         panel.set(title=geot.ENERGIES[energy], xlabel="pairs taken out, %")
         panel.set_ylabel("change of the prediction, eV")
         panel.grid(True, alpha=0.3)

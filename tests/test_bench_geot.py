@@ -178,19 +178,20 @@ def test_tables_say_what_rows_say(tmp_path):
         for name, mae in (("SchNet", "0.2"), ("GeoT", "0.15"))
     ]
     Rows(tmp_path / "message_passing.csv", message_passing.COLUMNS, message_passing.KEY).add(rows)
-    judged = {
-        f"spearman_{q}": v
-        for q, v in zip(
-            ("lower_quartile", "median", "upper_quartile"), ("0.1", "0.25", "0.4"), strict=True
-        )
-    }
     found = [
         row(
             simulation.COLUMNS,
             **{"energy": "bonds", "method": name, "mae_eV": "0.1", "spread_eV": "5"},
-            **{"molecules": "300", "deletion_over_random": "2.54", **judged},
+            **{"molecules": "300", "seed": seed, "deletion_over_random": deletion},
+            **{"spearman_median": median, "spearman_with_energy_median": some},
+            spearman_between_trainings_median="0.75",
         )
         for name in (*relevance.METHODS, simulation.TRUTH, simulation.RANDOM)
+        for seed, median, some, deletion in (
+            ("0", "0.25", "0.5", "2.54"),
+            ("1", "0.1", "0.4", "2"),
+            ("2", "0.3", "0.6", "3"),
+        )
     ]
     Rows(tmp_path / "simulation.csv", simulation.COLUMNS, simulation.KEY).add(found)
     shares = {f"share_of_{name}": "0.25" for name in (*geot.SHARES, "batches")}
@@ -200,8 +201,11 @@ def test_tables_say_what_rows_say(tmp_path):
     )
     device = read(tmp_path)
     assert "| gap, eV | 0.150 | 0.200 | 0.75 | 500 / 500 |" in geot.message_passing(device)
-    assert "bonds alone (error 0.1 of 5 eV) | 0.25 (0.10 to 0.40) · 2.5×" in geot.simulation(
-        device
+    told = geot.simulation(device)
+    assert "300 molecules" in told and "3 trainings" in told
+    assert (
+        "| bonds alone (error 0.1 of 5 eV) | 0.25 (0.10 to 0.30), 0.50 among those with an "
+        "energy; between trainings 0.75 · 2.5× |" in told
     )
     assert "| tiny | 130,831 | 60.0 | 2,180 | 25 % |" in geot.inference(device)
     empty = Device(tmp_path)
