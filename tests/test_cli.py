@@ -1,6 +1,7 @@
 """The command `geot`, as its user sees it."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -298,6 +299,29 @@ def test_every_name_of_the_package_is_there():
     for name in geot_model.__all__:
         assert getattr(geot_model, name) is not None
     assert sorted(geot_model._MODULE_OF) == sorted(geot_model.__all__)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_wait_briefly_unless_told_otherwise(chosen, expected):
+    """Before torch is imported, which is when its threads learn of it."""
+    program = (
+        "import os, sys; from geot_model import __main__, cli; before = 'torch' in sys.modules; "
+        "cli.app = lambda: print(before, os.environ.get('GOMP_SPINCOUNT')); __main__.main()"
+    )
+    others = {
+        k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_", "PYTEST_"))
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env=others | {"PYTHONPATH": os.pathsep.join(sys.path)} | chosen,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == ["False", str(expected)]
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
