@@ -36,7 +36,7 @@ from . import learning, rows
 GEOT, SCHNET = "GeoT", "SchNet"
 READOUTS = {"gap": "mean", "homo": "mean", "U0": "sum", "mu": "dipole"}
 REFERENCES = {"U0": "published"}
-LEARNING_RATES = {GEOT: 2e-3, SCHNET: 1e-3}
+LEARNING_RATE = 1e-3  # of both; with twice that, GeoT leaves its course in some trainings
 TRAIN, VALIDATION, TEST = 10_000, 1_000, 10_000
 SEED = 42  # of the published split, whose first molecules these are
 CUTOFF = 10.0
@@ -128,7 +128,7 @@ def measure(
         train,
         validation,
         seconds=seconds,
-        learning_rate=LEARNING_RATES[name],
+        learning_rate=LEARNING_RATE,
         say=lambda line: print(f"{target}, {name}: {line}", flush=True),
     )
     start = time.process_time()
@@ -141,7 +141,7 @@ def measure(
     }
     row = {
         **key,
-        **{"mae": f"{error:.5g}", "learning_rate": f"{LEARNING_RATES[name]:g}"},
+        **{"mae": f"{error:.5g}", "learning_rate": f"{LEARNING_RATE:g}"},
         "parameters": sum(p.numel() for p in network.parameters()),
         **{"steps": found.steps, "epochs": f"{found.molecules / len(train):.1f}"},
         "train_molecules_per_s": f"{found.molecules / found.seconds:.0f}",
