@@ -72,9 +72,10 @@ def simulation(device: Device) -> str:
             method: [r for r in rows if (r["energy"], r["method"]) == (energy, method)]
             for method in (*METHODS, TRUTH)
         }
-        error = statistics.median(float(row["mae_eV"]) for row in found[TRUTH])
+        error = _median(found[TRUTH], "mae_eV")
         name = f"{ENERGIES[energy]} (error {error:.2g} of {found[TRUTH][0]['spread_eV']} eV)"
-        lines.append([name, *(_judged(found[method]) for method in METHODS), _truth(found[TRUTH])])
+        truth = f"{_median(found[TRUTH], 'spearman_median'):.2f} · {_deletion(found[TRUTH])}"
+        lines.append([name, *(_judged(found[method]) for method in METHODS), truth])
     if not lines:
         return ""
     trainings = len({row["seed"] for row in rows})
@@ -88,19 +89,23 @@ def simulation(device: Device) -> str:
 
 
 def _judged(rows: Sequence[Row]) -> str:
-    everywhere, some, between = (
-        [float(row[f"spearman_{name}median"]) for row in rows]
-        for name in ("", "with_energy_", "between_trainings_")
+    everywhere, some = (
+        [float(row[f"spearman_{name}median"]) for row in rows] for name in ("", "with_energy_")
     )
-    spread = f"({min(everywhere):.2f} to {max(everywhere):.2f})"
-    found = f"{statistics.median(everywhere):.2f} {spread}"
+    found = f"{_median(rows, 'spearman_median'):.2f} "
+    found += f"({min(everywhere):.2f} to {max(everywhere):.2f})"
     if some != everywhere:
         found += f", {statistics.median(some):.2f} among those with an energy"
-    return f"{found}; between trainings {statistics.median(between):.2f} · {_truth(rows)}"
+    between = _median(rows, "spearman_between_trainings_median")
+    return f"{found}; between trainings {between:.2f} · {_deletion(rows)}"
 
 
-def _truth(rows: Sequence[Row]) -> str:
-    return f"{statistics.median(float(row['deletion_over_random']) for row in rows):.1f}×"
+def _deletion(rows: Sequence[Row]) -> str:
+    return f"{_median(rows, 'deletion_over_random'):.1f}×"
+
+
+def _median(rows: Sequence[Row], column: str) -> float:
+    return statistics.median(float(row[column]) for row in rows)
 
 
 def inference(device: Device) -> str:

@@ -8,7 +8,9 @@ totals alone. Then, for molecules that it never saw, each way to read its attent
 (`geot_model.relevance`) is held against the pairs' true energies:
 
     spearman    rank correlation over the pairs i < j of a molecule, of strength and |energy|; also
-                over those alone that have an energy (Lennard-Jones has none within two bonds)
+                over those alone that have an energy (Lennard-Jones has none within two bonds).
+                Where many pairs have none, the truth itself, in an order that ties are broken at
+                random for, has less than 1: the most that can be reached
     trainings   rank correlation of strengths from two trainings that differ in their seed alone,
                 mean over the other trainings
     deletion    |change of the prediction| when the weights of the strongest pairs are set to 0, by
@@ -102,12 +104,19 @@ def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(spearmanr(a, b)[0])
 
 
+def most(energies: NDArray[np.float64]) -> float:
+    """Rank correlation of energies with their own order, in which none are tied."""
+    order = np.lexsort((np.random.RandomState(0).rand(len(energies)), energies))
+    return correlation(np.argsort(order).astype(np.float64), energies)
+
+
 @dataclass
 class Explained:
     """What the maps of a trained network are worth.
 
     Attributes:
-        all_pairs: Method to the rank correlation with the true energies for each molecule.
+        all_pairs: Method, and `TRUTH`, to the rank correlation with the true energies for each
+            molecule.
         with_energy: The same over pairs that have an energy; NaN of fewer than three.
         strengths: Method to strengths of the pairs i < j of each molecule.
         curves: Method, `TRUTH` and `RANDOM` to changes of the output, `[molecules, shares]`.
@@ -123,6 +132,7 @@ def explain(model: GeoT, energy: str, molecules: Molecules) -> Explained:
     """Hold each way to read attention against the truth, and against what was taken out."""
     random = np.random.RandomState(0)
     out = Explained(*({name: [] for name in relevance.METHODS} for _ in range(3)))
+    out.all_pairs[TRUTH] = []
     curves: dict[str, list[NDArray[np.float64]]] = {
         name: [] for name in (*relevance.METHODS, TRUTH, RANDOM)
     }
@@ -142,6 +152,7 @@ def explain(model: GeoT, energy: str, molecules: Molecules) -> Explained:
             out.all_pairs[name].append(correlation(ranked, energies))
             out.with_energy[name].append(correlation(ranked[some], energies[some]))
             out.strengths[name].append(ranked)
+        out.all_pairs[TRUTH].append(most(truth[upper]))
         orders.append(truth)
         orders += [random.rand(*truth.shape) for _ in range(RANDOM_ORDERS)]
         found = changes(model, molecules, m, orders)
@@ -214,10 +225,9 @@ def measure(
                 **{"mae_eV": f"{error:.4g}", "spread_eV": f"{eV:.4g}"},
                 "deletion_over_random": f"{curve.mean() / chance:.4g}",
             }
+            if name in one.all_pairs:
+                row |= _spearman(one.all_pairs[name])
             if name in agreement:
-                names = ("lower_quartile", "median", "upper_quartile")
-                values = rows.quartiles(one.all_pairs[name])
-                row |= {f"spearman_{n}": f"{v:.4f}" for n, v in zip(names, values, strict=True)}
                 some = np.nanmedian(one.with_energy[name])
                 row["spearman_with_energy_median"] = f"{some:.4f}"
                 row["spearman_between_trainings_median"] = f"{agreement[name][seed]:.4f}"
@@ -228,6 +238,12 @@ def measure(
                 point |= {"share": share, "change_eV": f"{value:.4g}"}
                 points.append({n: str(v) for n, v in point.items()})
     return summary, points
+
+
+def _spearman(values: Sequence[float]) -> dict[str, str]:
+    names = ("lower_quartile", "median", "upper_quartile")
+    found = zip(names, rows.quartiles(values), strict=True)
+    return {f"spearman_{name}": f"{value:.4f}" for name, value in found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
