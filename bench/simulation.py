@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = list(pair_energies.ENERGIES)
     parser.add_argument("--energy", nargs="+", choices=known, default=known)
     parser.add_argument("--score", nargs="+", choices=("filter", "bias"), default=["filter"])
-    parser.add_argument("--seconds", type=float, default=600.0, help="of the processor, each")
+    parser.add_argument("--seconds", type=float, default=400.0, help="of the processor, each")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     parts = split(load_qm9(full=True))
