@@ -218,9 +218,9 @@ def test_csv_has_the_digits_of_the_network_and_no_more(model, sample, tmp_path):
     got = predict(model, sample)
     write_csv(got, sample, tmp_path / "out.csv")
     rows = read_back(tmp_path / "out.csv")
-    assert list(rows[0]) == ["name", "U0 [eV]", "mu [Debye]", "y", "problem"]
+    assert list(rows[0]) == ["name", "smiles", "U0 [eV]", "mu [Debye]", "y", "problem"]
     for column, (name, std) in enumerate(
-        zip(list(rows[0])[1:4], model.card.scaler.std, strict=True)
+        zip(list(rows[0])[2:5], model.card.scaler.std, strict=True)
     ):
         texts = [row[name] for row in rows]
         error = np.abs(np.array(texts, np.float64) - got.values[:, column]).max()
