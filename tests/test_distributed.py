@@ -129,8 +129,8 @@ def runs(pid):
 def test_two_processes_have_the_losses_of_one(tmp_path):
     from test_training import TINY, load_split, rows_of, run
 
-    # 45 molecules in batches of 11: one is left, and the second process has none of it. With seed 5
-    # signs of the loss cancel in the gradient of one bias, and Adam makes a step of the rounding.
+    # 45 molecules in batches of 11: one is left, and the second process has none of it. (With seed
+    # 5 signs of the loss cancel in one bias' gradient, and Adam makes a step of the rounding.)
     settings = TINY.change(
         data={"molecules": 53}, training={"batch_size": 11, "seed": 1, "early_stopping": 9}
     )
