@@ -68,22 +68,20 @@ def simulation(device: Device) -> str:
     rows = device.others["simulation"]
     lines = []
     for energy in ordered((row["energy"] for row in rows), ENERGIES):
-        found = {
-            method: [r for r in rows if (r["energy"], r["method"]) == (energy, method)]
-            for method in (*METHODS, TRUTH)
-        }
+        trainings = grouped((row for row in rows if row["energy"] == energy), ("method",))
+        found = {group[0]["method"]: group for group in trainings}
         error = _median(found[TRUTH], "mae_eV")
         name = f"{ENERGIES[energy]} (error {error:.2g} of {found[TRUTH][0]['spread_eV']} eV)"
         truth = f"{_median(found[TRUTH], 'spearman_median'):.2f} · {_deletion(found[TRUTH])}"
         lines.append([name, *(_judged(found[method]) for method in METHODS), truth])
     if not lines:
         return ""
-    trainings = len({row["seed"] for row in rows})
+    seeds = {row["seed"] for row in rows}
     said = (
         "Rank correlation of a pair's strength with its true energy, and of strengths with those "
         f"of another training, medians over {rows[0]['molecules']} molecules · change of the "
         "prediction without the strongest pairs, over that without random ones. Median of "
-        f"{trainings} trainings and, in brackets, the least and the greatest:"
+        f"{len(seeds)} trainings and, in brackets, the least and the greatest:"
     )
     return f"{said}\n\n{markdown(['energy', *METHODS, 'the truth itself'], lines)}"
 
@@ -92,8 +90,8 @@ def _judged(rows: Sequence[Row]) -> str:
     everywhere, some = (
         [float(row[f"spearman_{name}median"]) for row in rows] for name in ("", "with_energy_")
     )
-    found = f"{_median(rows, 'spearman_median'):.2f} "
-    found += f"({min(everywhere):.2f} to {max(everywhere):.2f})"
+    spread = f"({min(everywhere):.2f} to {max(everywhere):.2f})"
+    found = f"{statistics.median(everywhere):.2f} {spread}"
     if some != everywhere:
         found += f", {statistics.median(some):.2f} among those with an energy"
     between = _median(rows, "spearman_between_trainings_median")

@@ -63,10 +63,15 @@ def split(molecules: Molecules) -> tuple[Molecules, Molecules, Molecules]:
     return molecules[train], molecules[validation], molecules[test]
 
 
+def tiny(readout: str, **changes: Any) -> GeoT:
+    """The preset "tiny" for one target, with changes."""
+    options = preset("tiny", readout=readout, **changes)
+    return GeoT(1, **{**options, "basis": GaussianBasis(**options["basis"])})
+
+
 def geot(target: str) -> nn.Module:
     """The preset "tiny"."""
-    options = preset("tiny", readout=READOUTS[target])
-    return GeoT(1, **{**options, "basis": GaussianBasis(**options["basis"])})
+    return tiny(READOUTS[target])
 
 
 def call_geot(network: nn.Module, batch: Batch) -> Tensor:

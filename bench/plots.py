@@ -286,19 +286,17 @@ def deletion(device: Device) -> Figure | None:
     }
     for panel, energy in zip(panels, energies, strict=True):
         for method, (color, marker, line) in styles.items():
-            points: dict[float, list[float]] = {}
-            for row in rows:
-                if (row["energy"], row["method"]) == (energy, method):
-                    points.setdefault(100 * float(row["share"]), []).append(
-                        float(row["change_eV"])
-                    )
+            chosen = [r for r in rows if r["energy"] == energy and r["method"] == method]
+            points = ratios.grouped(chosen, ("share",))
+            shares = [100 * float(trainings[0]["share"]) for trainings in points]
+            changes = [[float(row["change_eV"]) for row in trainings] for trainings in points]
             panel.plot(
-                list(points),
-                [statistics.median(trainings) for trainings in points.values()],
+                shares,
+                [statistics.median(found) for found in changes],
                 **{"color": color, "marker": marker, "linestyle": line, "label": method},
             )
-            ends = ([choose(found) for found in points.values()] for choose in (min, max))
-            panel.fill_between(list(points), *ends, color=color, alpha=0.15, linewidth=0)
+            ends = ([choose(found) for found in changes] for choose in (min, max))
+            panel.fill_between(shares, *ends, color=color, alpha=0.15, linewidth=0)
         panel.set(title=geot.ENERGIES[energy], xlabel="pairs taken out, %")
         panel.set_ylabel("change of the prediction, eV")
         panel.grid(True, alpha=0.3)

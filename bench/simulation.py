@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,16 +32,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from geot_kernels.radial import GaussianBasis
 from geot_model import relevance
 from geot_model.model import GeoT
 from geot_model.molecules import Molecules
-from geot_model.presets import preset
 from geot_model.qm9 import load_qm9
 from geot_model.targets import TargetScaler
 
 from . import learning, pair_energies, rows
-from .message_passing import call_geot, split
+from .message_passing import call_geot, split, tiny
 
 EXPLAINED = 300  # molecules
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -122,17 +120,18 @@ class Explained:
         curves: Method, `TRUTH` and `RANDOM` to changes of the output, `[molecules, shares]`.
     """
 
-    all_pairs: dict[str, list[float]] = field(default_factory=dict)
-    with_energy: dict[str, list[float]] = field(default_factory=dict)
-    strengths: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
-    curves: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    all_pairs: dict[str, list[float]]
+    with_energy: dict[str, list[float]]
+    strengths: dict[str, list[NDArray[np.float64]]]
+    curves: dict[str, NDArray[np.float64]]
 
 
 def explain(model: GeoT, energy: str, molecules: Molecules) -> Explained:
     """Hold each way to read attention against the truth, and against what was taken out."""
     random = np.random.RandomState(0)
-    out = Explained(*({name: [] for name in relevance.METHODS} for _ in range(3)))
-    out.all_pairs[TRUTH] = []
+    all_pairs: dict[str, list[float]] = {name: [] for name in (*relevance.METHODS, TRUTH)}
+    with_energy: dict[str, list[float]] = {name: [] for name in relevance.METHODS}
+    strengths: dict[str, list[NDArray[np.float64]]] = {name: [] for name in relevance.METHODS}
     curves: dict[str, list[NDArray[np.float64]]] = {
         name: [] for name in (*relevance.METHODS, TRUTH, RANDOM)
     }
@@ -149,18 +148,18 @@ def explain(model: GeoT, energy: str, molecules: Molecules) -> Explained:
             orders.append(strength)
             ranked, energies = strength[upper], truth[upper]
             some = energies > 0
-            out.all_pairs[name].append(correlation(ranked, energies))
-            out.with_energy[name].append(correlation(ranked[some], energies[some]))
-            out.strengths[name].append(ranked)
-        out.all_pairs[TRUTH].append(most(truth[upper]))
+            all_pairs[name].append(correlation(ranked, energies))
+            with_energy[name].append(correlation(ranked[some], energies[some]))
+            strengths[name].append(ranked)
+        all_pairs[TRUTH].append(most(truth[upper]))
         orders.append(truth)
         orders += [random.rand(*truth.shape) for _ in range(RANDOM_ORDERS)]
         found = changes(model, molecules, m, orders)
         for name, curve in zip((*relevance.METHODS, TRUTH), found, strict=False):
             curves[name].append(curve)
         curves[RANDOM].append(found[-RANDOM_ORDERS:].mean(axis=0))
-    out.curves = {name: np.array(values) for name, values in curves.items()}
-    return out
+    arrays = {name: np.array(values) for name, values in curves.items()}
+    return Explained(all_pairs, with_energy, strengths, arrays)
 
 
 def between(trainings: Sequence[Explained], method: str) -> list[float]:
@@ -173,10 +172,8 @@ def between(trainings: Sequence[Explained], method: str) -> list[float]:
 
 def network(score: str) -> GeoT:
     """The preset "tiny", with a sum over atoms."""
-    options: dict[str, Any] = preset("tiny", readout="sum", score=score)
-    if score == "bias":
-        options |= {"normalizer": "softmax", "attention_scale": False}
-    return GeoT(1, **{**options, "basis": GaussianBasis(**options["basis"])})
+    graphormer = {"normalizer": "softmax", "attention_scale": False}
+    return tiny("sum", score=score, **(graphormer if score == "bias" else {}))
 
 
 def measure(

@@ -304,9 +304,14 @@ def fit(
         {name: target.reference for name, target in targets.items()},
     )
     size = training.batch_size
-    scaled = scaler.scale(split.train)
-    bucket = training.bucket
-    batches = Batches(split.train, scaled, size, training.seed, bucket=bucket, **share)
+    batches = Batches(
+        split.train,
+        scaler.scale(split.train),
+        size,
+        training.seed,
+        bucket=training.bucket,
+        **share,
+    )
     validation = Batches(split.validation, scaler.scale(split.validation), size, **share)
     card = _card(settings, split, scaler)
     with torch.random.fork_rng():
